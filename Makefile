@@ -1,0 +1,56 @@
+# make demo: everything, from nothing to a running shop. make test: lint, types and the whole suite.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+ADDRESS := http://127.0.0.1:8000
+
+.PHONY: demo release serve test results results-hm results-rtr clean
+
+demo: release serve
+
+# The pinned packages; made again when a requirements file changes.
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit("StyleTower needs Python 3.11 or newer; set PYTHON=" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+# The sample shop's release, built once; `saved_models/current` says that one is live.
+release: $(VENV)/installed
+	@test -f saved_models/current || $(MAKE) --no-print-directory train
+
+.PHONY: train
+train: $(VENV)/installed
+	$(RUN) import_data.py sample
+	$(RUN) extract_features.py
+	$(RUN) train_simcse.py --epochs 6
+	$(RUN) train_user.py
+	$(RUN) train_reranker.py
+	$(RUN) build_index.py
+
+serve: $(VENV)/installed
+	@echo "StyleTower serves at $(ADDRESS) (stop with Ctrl-C; its interactive API page is $(ADDRESS)/docs). Try:"
+	@echo "  curl -s $(ADDRESS)/recommend -H 'Content-Type: application/json' -d '{\"context\": \"beach vacation\", \"profile\": {\"height_cm\": 165, \"weight_kg\": 55}, \"k\": 5}'"
+	$(VENV)/bin/uvicorn api_controller.app:app --host 127.0.0.1 --port 8000
+
+test: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(RUN) -m pytest
+
+# The standard splits: `make results HM=folder RTR=folder`, or one of the two alone.
+results: results-hm results-rtr
+
+results-hm: $(VENV)/installed
+	$(RUN) run_split.py hm-week $(HM)
+
+results-rtr: $(VENV)/installed
+	$(RUN) run_split.py rtr $(RTR)
+
+clean:
+	rm -rf $(VENV) .data .mypy_cache .ruff_cache .pytest_cache

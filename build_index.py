@@ -1,0 +1,132 @@
+"""Stage 4: put a release's item vectors into PostgreSQL, build the HNSW index, check, and make the release live.
+
+    python build_index.py                      # the newest release
+    python build_index.py --release 20260101-120000 --no-live
+
+An item's row is `[unit vector ; popularity coordinates ; collaborative coordinates]`. The release goes live only when every check
+passes; the one that was live serves until then, and its vectors stay for a way back.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from pydantic import Field
+from tqdm import tqdm
+
+from release import ItemEncoder, Release
+from settings import Settings, UserError, run_script
+from shop_data import ShopData
+from store import Filters, ItemRows, Store
+from text_encoder import TextEncoder
+from train_user import item_keys, retrieve
+
+CHECKED_QUERIES = 200
+CHECKED_AT = 100
+COPY_BATCH = 10_000
+
+
+class IndexOptions(Settings):
+    release: str = Field("", description="release to index; empty is the newest one")
+    live: bool = Field(True, description="make the release live when every check passes")
+    min_recall: float = Field(0.95, ge=0, le=1, description="recall of the index against exact search, at least")
+    margin: float = Field(0.1, ge=0, le=1, description="how much worse than the live release validation may be")
+    hnsw_m: int = Field(16, ge=4, le=100, description="links of an HNSW node")
+    ef_construction: int = Field(64, ge=8, le=1000, description="candidates while an HNSW node is linked")
+
+
+def index_rows(shop: ShopData, release: Release) -> np.ndarray:
+    """Rows of every item as of now: float32 [N, row_width]. Raises UserError when one is not a sound vector."""
+    tower = release.aligned_user_tower(shop.items.product_ids)
+    popularity = torch.from_numpy(shop.popularity.coordinates(np.arange(len(shop.items)), shop.now))
+    with torch.no_grad():
+        rows = item_keys(tower, torch.from_numpy(shop.vectors), popularity).numpy()
+    norms = np.linalg.norm(rows[:, : shop.vectors.shape[1]], axis=1)
+    bad = np.flatnonzero(~np.isfinite(rows).all(1) | (np.abs(norms - 1.0) > 1e-3))
+    if len(bad):
+        raise UserError(
+            f"{len(bad)} item vectors are not finite or not of unit length (first: {shop.items.product_ids[bad[0]]!r}); "
+            "train the encoder again"
+        )
+    return rows
+
+
+def queries_of_shoppers(shop: ShopData, release: Release, count: int) -> np.ndarray:
+    """Real queries to check the index with: the newest requests, [<= count, row_width]."""
+    tower = release.aligned_user_tower(shop.items.product_ids)
+    requests = shop.requests(shop.validation_start(0.1), shop.now, shop.now)
+    chosen = np.random.default_rng(0).permutation(len(requests))[:count]
+    profiles = release.profile_scaler().transform(shop.profiles)
+    return retrieve(tower, shop, requests.take(chosen), profiles, tower.config.history, 1)[2]
+
+
+def index_recall(store: Store, release: Release, rows: np.ndarray, ids: list[str], queries: np.ndarray) -> float:
+    """The share of the exact best items that the index finds, over real queries."""
+    count = min(CHECKED_AT, len(ids))
+    number_of = {product_id: number for number, product_id in enumerate(ids)}
+    found = 0
+    for query in queries:
+        scores = rows @ query
+        threshold = np.partition(scores, -count)[-count] - 1e-4  # items tied with the last one are as good
+        answer = store.vectors.search(release.name, query, count, Filters(), [])
+        found += sum(scores[number_of[product_id]] >= threshold for product_id in answer.product_ids)
+    return found / (count * len(queries))
+
+
+def check_not_worse(release: Release, options: IndexOptions) -> None:
+    """Raises UserError when the live release validated better than this one by more than the margin."""
+    live = Release.current(options.models_dir)
+    if live is None or live == release.name or live not in Release.names(options.models_dir):
+        return
+    before = Release.open(options.models_dir, live).manifest
+    for part in ("user_tower", "reranker"):
+        old, new = before[part]["report"], release.manifest[part]["report"]
+        if old["metric"] == new["metric"] and new["best"] < old["best"] * (1.0 - options.margin):
+            raise UserError(
+                f"release {release.name} is worse than the live {live}: {part} {new['metric']} {new['best']:.4f} against "
+                f"{old['best']:.4f}; it stays as it is, indexed but not live (--margin {options.margin} decides)"
+            )
+
+
+def main(options: IndexOptions) -> None:
+    started = time.monotonic()
+    release = Release.open(options.models_dir, options.release)
+    for part in ("item_tower", "user_tower", "reranker"):
+        if part not in release.manifest:
+            raise UserError(f"release {release.name} has no {part} yet; run the training script that makes it")
+    encoder = ItemEncoder(release, TextEncoder.load(options))
+    with Store.open(options) as store:
+        shop = ShopData.load(store, encoder, release.manifest["user_tower"]["popularity_days"])
+        rows = index_rows(shop, release)
+        store.vectors.create(release.name, rows.shape[1])
+        ids = shop.items.product_ids
+        for start in tqdm(range(0, len(ids), COPY_BATCH), desc="copying vectors", unit="batch", leave=False):
+            part = slice(start, start + COPY_BATCH)
+            store.vectors.copy(release.name, ItemRows(ids[part], rows[part], shop.items.std[part], shop.items.re[part]))
+        with tqdm(total=100, desc="building the HNSW index", unit="%", leave=False) as bar:
+            store.vectors.build_index(
+                release.name, options.hnsw_m, options.ef_construction,
+                lambda share: bar.update(round(100 * share) - bar.n),
+            )  # fmt: skip
+        recall = index_recall(store, release, rows, ids, queries_of_shoppers(shop, release, CHECKED_QUERIES))
+        if recall < options.min_recall:
+            raise UserError(
+                f"the index finds only {recall:.3f} of the exact best {CHECKED_AT} items (at least {options.min_recall} "
+                "asked); raise --hnsw-m or --ef-construction"
+            )
+        release.record(
+            "index", items=len(ids), dimensions=rows.shape[1], recall=recall, seconds=time.monotonic() - started,
+            options=options.model_dump(mode="json", exclude={"database_url"}),
+        )  # fmt: skip
+        store.releases.record(release.name, release.manifest)
+    print(f"release {release.name}: {len(ids)} items indexed, recall@{CHECKED_AT} of the index {recall:.4f}")
+    if options.live:
+        check_not_worse(release, options)
+        release.make_live()
+        print(f"release {release.name} is live")
+
+
+if __name__ == "__main__":
+    run_script(IndexOptions, main)

@@ -1,0 +1,200 @@
+"""The reranker: DeepFM (Guo et al., IJCAI 2017) by deepctr-torch, with tables transferred from the item tower.
+
+Sparse features read two shared tables, STD and RE: each STD field of the item, the item's RE values, and the STD and RE values
+most common in the shopper's history. Dense features are the shopper's body and what retrieval knows about the pair. The
+model gives a logit; lists are ordered by it.
+
+`build_deepfm` makes deepctr-torch's own model, `transfer` copies the item tower's tables into it, `FusedDeepFM` is the same
+mathematics with one gather and the shopper's half computed once a request, for serving.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tensors import RerankBatch
+
+# deepctr_torch.utils asks a package index for its newest version from a thread at import, with no time-out, and needs an
+# undeclared package to do so. A stand-in registered first keeps imports quiet, offline and fast.
+if "deepctr_torch.utils" not in sys.modules:
+    _utils = types.ModuleType("deepctr_torch.utils")
+    _utils.check_version = lambda version: None  # type: ignore[attr-defined]
+    sys.modules["deepctr_torch.utils"] = _utils
+
+from deepctr_torch.inputs import DenseFeat, SparseFeat, VarLenSparseFeat
+from deepctr_torch.models import DeepFM
+
+STD_TABLE, RE_TABLE = "STD_table", "RE_table"
+
+# deepctr-torch carries ids in a float32 tensor, which counts exactly only up to here; beyond, an id becomes its neighbour.
+MAX_TABLE_ROWS = 2**24
+
+
+@dataclass(frozen=True)
+class RerankerConfig:
+    std_rows: int
+    re_rows: int
+    std_slots: dict[str, int]  # of an item, by field: see tensors.ItemLayout
+    re_slots: int
+    history_ids: int  # STD and RE ids that summarise a history
+    user_dense: list[str]  # names, in the order of RerankBatch.user_dense
+    item_dense: list[str]
+    embedding_dim: int = 64
+    hidden: tuple[int, ...] = (128, 64)
+    dropout: float = 0.2
+
+
+def build_deepfm(config: RerankerConfig) -> DeepFM:
+    """deepctr-torch's DeepFM over the shared tables; its output is a logit (task "regression": no sigmoid)."""
+    if max(config.std_rows, config.re_rows) > MAX_TABLE_ROWS:
+        raise ValueError(f"a table of {max(config.std_rows, config.re_rows)} rows is beyond {MAX_TABLE_ROWS}")
+
+    def values(name: str, rows: int, slots: int, table: str) -> VarLenSparseFeat:
+        # Mean over what is there: the only combiner whose empty list is harmless.
+        return VarLenSparseFeat(
+            SparseFeat(name, rows, config.embedding_dim, embedding_name=table), maxlen=slots, combiner="mean"
+        )
+
+    columns = [
+        values("user_STD", config.std_rows, config.history_ids, STD_TABLE),
+        values("user_RE", config.re_rows, config.history_ids, RE_TABLE),
+        *(values(f"STD_{field}", config.std_rows, n, STD_TABLE) for field, n in config.std_slots.items()),
+        values("item_RE", config.re_rows, config.re_slots, RE_TABLE),
+        *(DenseFeat(f"user_dense_{name}", 1) for name in config.user_dense),
+        *(DenseFeat(f"item_dense_{name}", 1) for name in config.item_dense),
+    ]
+    model = DeepFM(
+        columns, columns, dnn_hidden_units=config.hidden, dnn_dropout=config.dropout, init_std=0.01, l2_reg_linear=0.0,
+        l2_reg_embedding=0.0, task="regression", device="cpu",
+    )  # fmt: skip
+    if model.embedding_size != config.embedding_dim:  # the last declaration's size wins silently in deepctr-torch
+        raise ValueError(f"embedding size {model.embedding_size}, expected {config.embedding_dim}")
+    return model
+
+
+def deepfm_input(batch: RerankBatch) -> Tensor:
+    """The one float32 tensor [B * N, columns] that deepctr-torch reads, in `build_deepfm`'s column order."""
+    lists, candidates = batch.item_std.shape[:2]
+
+    def each(user: Tensor) -> Tensor:
+        return user.unsqueeze(1).expand(lists, candidates, user.shape[-1])
+
+    parts = [
+        each(batch.user_std), each(batch.user_re), batch.item_std, batch.item_re, each(batch.user_dense), batch.item_dense,
+    ]  # fmt: skip
+    return torch.cat([part.float() for part in parts], dim=-1).flatten(0, 1)
+
+
+@torch.no_grad()
+def transfer(model: DeepFM, std_table: Tensor, re_table: Tensor) -> None:
+    """Copy the item tower's STD and RE tables into the model's shared embeddings, rows at unit length.
+
+    In place, since replacing the Embedding would leave the optimizer on the old one. Unit rows, because rows of norm 4
+    saturate the first logits. Raises ValueError on another shape or a value that is not finite.
+    """
+    for name, table in ((STD_TABLE, std_table), (RE_TABLE, re_table)):
+        weight = model.embedding_dict[name].weight
+        if weight.shape != table.shape:
+            raise ValueError(f"{name}: the item tower's table is {tuple(table.shape)}, DeepFM's {tuple(weight.shape)}")
+        if not torch.isfinite(table).all():
+            raise ValueError(f"{name}: the item tower's table holds values that are not finite")
+        weight.copy_(F.normalize(table, dim=-1))
+        weight[0].zero_()  # padding
+
+
+@torch.no_grad()
+def start_from_retrieval(model: DeepFM, config: RerankerConfig, feature: str, weight: float = 1.0) -> None:
+    """Set the first-order weight of the retrieval score, so that before any training the order is retrieval's."""
+    index = len(config.user_dense) + config.item_dense.index(feature)
+    model.linear_model.weight[index] = weight
+
+
+class FusedDeepFM(nn.Module):
+    """DeepFM's logits for lists of candidates: float32 [B, N]. The same values as deepctr-torch's model, within 1e-5.
+
+    One table `[embedding | first-order weight]` serves every sparse feature with int64 ids, and everything that depends on the
+    shopper alone (their sums in the FM, their part of the first layer) is computed once a list.
+    """
+
+    std_rows: Tensor
+    table: Tensor
+
+    def __init__(self, model: DeepFM, config: RerankerConfig) -> None:
+        super().__init__()
+        self.config = config
+        linear, dim = model.linear_model, config.embedding_dim
+
+        def table(name: str) -> Tensor:
+            return torch.cat([model.embedding_dict[name].weight, linear.embedding_dict[name].weight], dim=1).detach()
+
+        self.register_buffer("std_table", table(STD_TABLE).clone())
+        self.register_buffer("re_table", table(RE_TABLE).clone())
+        self.register_buffer("dense_weight", linear.weight.detach().clone().squeeze(-1))
+        self.register_buffer("bias", model.out.bias.detach().clone())
+
+        # deepctr-torch concatenates the sparse embeddings in column order, then the dense values.
+        fields = 2 + len(config.std_slots) + 1
+        user_dense, item_dense = len(config.user_dense), len(config.item_dense)
+        first = model.dnn.linears[0]
+        weight = first.weight.detach()
+        sparse = fields * dim
+        user_columns = [*range(2 * dim), *range(sparse, sparse + user_dense)]
+        item_columns = [*range(2 * dim, sparse), *range(sparse + user_dense, sparse + user_dense + item_dense)]
+        self.register_buffer("user_first", weight[:, user_columns].clone())
+        self.register_buffer("item_first", weight[:, item_columns].clone())
+        self.register_buffer("first_bias", first.bias.detach().clone())
+        rest: list[nn.Module] = [nn.ReLU()]
+        for layer in model.dnn.linears[1:]:
+            rest += [_copy_linear(layer), nn.ReLU()]
+        self.rest = nn.Sequential(*rest, _copy_linear(model.dnn_linear))
+        self.requires_grad_(False)
+
+    def forward(self, batch: RerankBatch) -> Tensor:
+        config = self.config
+        dim, user_width = config.embedding_dim, len(config.user_dense)
+        user = torch.stack([_mean(self.std_table, batch.user_std), _mean(self.re_table, batch.user_re)], dim=1)
+        item = [
+            _mean(self.std_table, ids)
+            for ids in batch.item_std.split(list(config.std_slots.values()), dim=-1)
+        ]  # fmt: skip
+        item.append(_mean(self.re_table, batch.item_re))
+        items = torch.stack(item, dim=2)  # (B, N, fields, dim + 1)
+
+        user_embedding, item_embedding = user[..., :dim], items[..., :dim]
+        first_order = (
+            (user[..., dim].sum(1) + batch.user_dense @ self.dense_weight[:user_width]).unsqueeze(1)
+            + items[..., dim].sum(2)
+            + batch.item_dense @ self.dense_weight[user_width:]
+        )
+        total = user_embedding.sum(1).unsqueeze(1) + item_embedding.sum(2)  # (B, N, dim)
+        squares = user_embedding.pow(2).sum((1, 2)).unsqueeze(1) + item_embedding.pow(2).sum((2, 3))
+        second_order = 0.5 * (total.pow(2).sum(-1) - squares)
+
+        user_hidden = F.linear(torch.cat([user_embedding.flatten(1), batch.user_dense], -1), self.user_first)
+        item_hidden = F.linear(torch.cat([item_embedding.flatten(2), batch.item_dense], -1), self.item_first)
+        deep = self.rest(item_hidden + (user_hidden + self.first_bias).unsqueeze(1)).squeeze(-1)
+        return first_order + second_order + deep + self.bias
+
+    @torch.no_grad()
+    def grow(self, re_rows: Tensor) -> None:
+        """Append rows for RE words that came after training: embeddings [K, dim], with no first-order weight."""
+        rows = torch.cat([F.normalize(re_rows, dim=-1), torch.zeros(len(re_rows), 1)], dim=1)
+        self.re_table = torch.cat([self.re_table, rows.to(self.re_table)])
+
+
+def _copy_linear(layer: nn.Linear) -> nn.Linear:
+    copy = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    copy.load_state_dict(layer.state_dict())
+    return copy
+
+
+def _mean(table: Tensor, ids: Tensor) -> Tensor:
+    """Mean of the rows of the ids that are not padding: [..., dim + 1]. deepctr-torch's divisor carries 1e-8 as well."""
+    mask = (ids != 0).unsqueeze(-1).to(table.dtype)
+    return (F.embedding(ids, table) * mask).sum(-2) / (mask.sum(-2) + 1e-8)

@@ -1,0 +1,161 @@
+"""The user tower: behaviour, context and body, fused into item space.
+
+An item's row in the index is `[unit vector ; popularity coordinates ; collaborative coordinates]`. The query is `[scaled unit
+vector ; learned weights ; collaborative vector]`, so that one inner product says what a shopper is drawn to, how much
+they follow what is wanted now, and what shoppers like them took. The item tower's vectors stay frozen; the collaborative
+coordinates belong to this tower, start at zero, and stay zero for items nobody touched yet.
+
+Sampled softmax with logQ correction: Yi et al., "Sampling-bias-corrected neural modeling for large corpus item
+recommendations", RecSys 2019.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tensors import KINDS, UserBatch
+
+
+@dataclass(frozen=True)
+class UserTowerConfig:
+    items: int  # rows of the collaborative table: the catalogue at training time
+    item_width: int  # of the frozen unit vectors
+    popularity_width: int
+    profile_width: int
+    text_width: int
+    collaborative: int = 32  # 0 switches collaborative coordinates off
+    width: int = 128
+    heads: int = 4
+    layers: int = 1
+    history: int = 50  # events read, the latest ones
+    dropout: float = 0.2
+
+    @property
+    def row_width(self) -> int:
+        """Dimensions of an item's row in the index."""
+        return self.item_width + self.popularity_width + self.collaborative
+
+
+class UserTower(nn.Module):
+    """UserBatch -> query float32 [B, row_width]; its inner product with an item's row is the retrieval logit."""
+
+    def __init__(self, config: UserTowerConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.collaborative = nn.Embedding(config.items, max(1, config.collaborative))
+        nn.init.zeros_(self.collaborative.weight)
+        nn.init.normal_(self.collaborative.weight, std=0.02)
+
+        self.item_input = nn.Linear(config.item_width + config.collaborative, width)
+        self.kind_embedding = nn.Embedding(KINDS, width)
+        self.age_input = nn.Linear(1, width)
+        # Counted from the latest event: "the last thing seen" means the same in a short and in a long history.
+        self.recency_embedding = nn.Embedding(config.history, width)
+        self.behaviour_token = nn.Parameter(torch.randn(width) * 0.02)
+        layer = nn.TransformerEncoderLayer(
+            width, config.heads, 2 * width, config.dropout, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.behaviour = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
+        self.pool_weight = nn.Linear(width, 1)
+        self.context = nn.Sequential(nn.Linear(config.text_width, width), nn.GELU(), nn.Linear(width, width))
+        self.profile = nn.Linear(max(1, config.profile_width), width)
+        self.fusion = nn.Sequential(
+            nn.LayerNorm(3 * width + 3), nn.Linear(3 * width + 3, 2 * width), nn.GELU(), nn.Dropout(config.dropout),
+        )  # fmt: skip
+        self.to_item = nn.Linear(2 * width, config.item_width)
+        self.to_popularity = nn.Linear(2 * width, config.popularity_width)
+        self.to_collaborative = nn.Linear(2 * width, max(1, config.collaborative))
+        self.history_gain = nn.Parameter(torch.tensor(1.0))
+        # Logits of unit vectors need a scale to be sharp enough: 1 / 0.1 at the start, learned from there.
+        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+
+    def forward(self, batch: UserBatch) -> Tensor:
+        config = self.config
+        mask = batch.history_mask  # (B, T)
+        collaborative = batch.collaborative[..., : config.collaborative]
+        behaviour = self.item_input(torch.cat([batch.history, collaborative], dim=-1))
+        behaviour = behaviour + self.kind_embedding(batch.kind) + self.age_input(batch.age.unsqueeze(-1))
+        # A basket leaves holes in the mask, so recency counts events, not columns.
+        recency = (mask.flip(1).cumsum(1).flip(1) - 1).clamp(0, config.history - 1)
+        behaviour = behaviour + self.recency_embedding(recency)
+        first = self.behaviour_token.expand(len(mask), 1, -1)
+        always = torch.ones(len(mask), 1, dtype=torch.bool, device=mask.device)
+        encoded = self.behaviour(
+            torch.cat([first, behaviour], dim=1), src_key_padding_mask=~torch.cat([always, mask], dim=1)
+        )  # (B, 1 + T, width)
+
+        # What the shopper touched, weighted by how much each event still says: a residual straight into item space.
+        weights = self.pool_weight(encoded[:, 1:]).squeeze(-1).masked_fill(~mask, -torch.inf)
+        weights = torch.where(mask.any(1, keepdim=True), weights, torch.zeros(1, device=mask.device)).softmax(-1)
+        weights = (weights * mask).unsqueeze(1)  # (B, 1, T)
+        liked = (weights @ batch.history).squeeze(1)
+        liked_collaborative = (weights @ collaborative).squeeze(1)
+
+        has_history = mask.any(1, keepdim=True).float()
+        has_context = (batch.context != 0).any(1, keepdim=True).float()
+        profile = batch.profile if config.profile_width else batch.profile.new_zeros(len(mask), 1)
+        has_profile = (batch.profile[:, : config.profile_width // 2] != 0).any(1, keepdim=True).float()
+        fused = self.fusion(
+            torch.cat(
+                [
+                    encoded[:, 0] * has_history,
+                    self.context(batch.context) * has_context,
+                    self.profile(profile) * has_profile,
+                    has_history, has_context, has_profile,
+                ],
+                dim=-1,
+            )
+        )  # fmt: skip
+        unit = F.normalize(self.history_gain * liked + self.to_item(fused), dim=-1)
+        parts = [self.log_scale.exp() * unit, self.to_popularity(fused)]
+        if config.collaborative:
+            parts.append(liked_collaborative + self.to_collaborative(fused))
+        return torch.cat(parts, dim=-1)
+
+    def item_rows(self, items: Tensor, vectors: Tensor, popularity: Tensor) -> Tensor:
+        """Index rows [M, row_width] of catalogue rows `items` int64 [M], their unit vectors and popularity.
+
+        An item without events has no collaborative coordinates: whatever its row drifted to as a negative is not
+        evidence. The last popularity coordinate says so (see tensors.Popularity).
+        """
+        return torch.cat([vectors, popularity, self.collaborative_of(items, popularity)], dim=-1)
+
+    def collaborative_of(self, items: Tensor, popularity: Tensor) -> Tensor:
+        """[..., collaborative] of catalogue rows, zero where the item had no event yet."""
+        known = 1.0 - popularity[..., -1:]
+        return (self.collaborative(items) * known)[..., : self.config.collaborative]
+
+    @torch.no_grad()
+    def realign(self, rows: list[int]) -> None:
+        """Reorder the collaborative table to another catalogue: `rows[i]` is item i's trained row, -1 if it has none.
+
+        Items that came after training start at zero, and learn when the tower is trained again.
+        """
+        index = torch.tensor(rows, dtype=torch.int64)
+        weight = self.collaborative.weight[index.clamp(min=0)] * (index >= 0).unsqueeze(1)
+        self.collaborative = nn.Embedding.from_pretrained(weight)
+        self.config = replace(self.config, items=len(rows))
+
+    def forget(self, batch: UserBatch, rate: float) -> UserBatch:
+        """Training only: hide each of the three inputs of a shopper at `rate`, so that any of them may be missing."""
+
+        def keep(like: Tensor) -> Tensor:
+            shape = (len(like),) + (1,) * (like.dim() - 1)
+            return torch.rand(shape, device=like.device) >= rate
+
+        half = self.config.profile_width // 2
+        hidden_profile = torch.cat(
+            [torch.zeros_like(batch.profile[:, :half]), torch.ones_like(batch.profile[:, half:])], dim=1
+        )
+        return replace(
+            batch,
+            history_mask=batch.history_mask & keep(batch.history_mask),
+            context=batch.context * keep(batch.context),
+            profile=torch.where(keep(batch.profile), batch.profile, hidden_profile),
+        )

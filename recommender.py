@@ -1,0 +1,399 @@
+"""The pipeline: embed the shopper, find candidates, rerank, explain. The API, the evaluation and batch scoring call this one.
+
+A request is answered by one release from start to end, even if another goes live meanwhile.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import psycopg
+import torch
+from extract_features import LexiconReader, extract
+
+from catalog import Product, RawProduct, Rejected
+from release import ItemEncoder, Release
+from settings import Settings, UserError
+from store import Filters, Found, ItemRows, Store, UserState
+from tensors import (
+    ITEM_DENSE,
+    KIND_IDS,
+    Candidates,
+    Past,
+    PriceScale,
+    UserBatch,
+    log_age,
+    rerank_batch,
+)
+from text_encoder import TextEncoder
+from vocab import FIRST_WORD, UNKNOWN, normalise
+
+CANDIDATES = 100  # that retrieval hands to the reranker
+FALLBACK_ITEMS = 200  # popular items kept in memory for when the database is away
+CONTEXT_CACHE = 10_000  # context texts whose vectors are remembered
+MAX_REASONS = 4
+# An attribute counts as the shopper's own when at least this share of their history carries it.
+REASON_SHARE = 0.2
+
+
+class Unavailable(Exception):
+    """Nothing can be answered now: no live release, or the database is away and no fallback fits. Retry later."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question. Every part may be missing; `now` is epoch seconds, None for the clock."""
+
+    user_id: str | None = None
+    history: Sequence[str] = ()  # product ids, oldest first, added after what is stored for the user
+    context: str = ""
+    profile: dict[str, float] = field(default_factory=dict)  # overrides what is stored
+    filters: Filters = field(default_factory=Filters)
+    exclude: Sequence[str] = ()
+    exclude_history: bool = True  # do not offer what the shopper already met
+    k: int = 20
+    now: float | None = None
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why an item is there: an attribute it shares with the history or the context names, or what else spoke for it."""
+
+    kind: str  # "attribute", "context", "popular", "similar_shoppers", "match"
+    field: str = ""
+    value: str = ""
+
+
+@dataclass(frozen=True)
+class Recommended:
+    product_id: str
+    rank: int  # from 1
+    score: float  # the reranker's logit; comparable within one answer only
+    stage: str  # what put it there: "reranker", "retrieval" (no reranker score), "popular" (fallback)
+    retrieval_rank: int
+    reasons: list[Reason]
+
+
+@dataclass(frozen=True)
+class Answer:
+    items: list[Recommended]
+    release: str
+    plan: str  # how candidates were found: "hnsw", "hnsw-iterative", "exact", "cache"
+    milliseconds: dict[str, float]  # by stage, and "total"
+    warnings: list[str]
+    degraded: bool = False
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    product_id: str
+    rank: int
+    score: float  # cosine
+
+
+class LoadedRelease:
+    """One release's models, ready to answer."""
+
+    def __init__(self, release: Release, text_encoder: TextEncoder) -> None:
+        self.name = release.name
+        self.encoder = ItemEncoder(release, text_encoder)
+        self.user_tower = release.user_tower()
+        self.reranker = release.reranker()
+        self.scaler = release.profile_scaler()
+        self.prices = PriceScale(**release.manifest["reranker"]["prices"])
+        self.trained_re_words = len(self.encoder.re_vocab)
+
+    @property
+    def item_width(self) -> int:
+        return self.user_tower.config.item_width
+
+    @property
+    def popularity_width(self) -> int:
+        return self.user_tower.config.popularity_width
+
+    def learn_words(self, words: dict[tuple[str, str], int], text_encoder: TextEncoder) -> None:
+        """Add RE words that came after training, under the ids the database gave them (dense, in order)."""
+        vocab = self.encoder.re_vocab
+        new = sorted((word_id, field, value) for (field, value), word_id in words.items() if word_id >= len(vocab))
+        if not new:
+            return
+        text = torch.from_numpy(text_encoder.pooled([value for _, _, value in new]))
+        rows = self.encoder.tower.re_embedding(text).detach()
+        self.encoder.tower.grow([vocab.field_names.index(field) + 1 for _, field, _ in new], text)
+        self.reranker.grow(rows)
+        for word_id, field_name, value in new:
+            if vocab.grow(field_name, value) != word_id:
+                raise Unavailable(f"the RE vocabulary of release {self.name} has a hole before id {word_id}")
+
+
+class Recommender:
+    """Answers requests with the live release. Safe to call from several threads."""
+
+    def __init__(self, store: Store, settings: Settings, text_encoder: TextEncoder) -> None:
+        self.store, self.settings, self.text_encoder = store, settings, text_encoder
+        self._lock = threading.Lock()
+        self._loaded: LoadedRelease | None = None
+        self._popular: list[str] = []
+        self._context = lru_cache(CONTEXT_CACHE)(lambda text: text_encoder.pooled([text])[0])
+
+    # ---------------------------------------------------------------------------------------------------------- releases
+    def live(self) -> LoadedRelease:
+        """The live release, reloaded when the pointer has moved. Raises Unavailable when nothing is live."""
+        name = Release.current(self.settings.models_dir)
+        loaded = self._loaded
+        if loaded is not None and loaded.name == name:
+            return loaded
+        if name is None:
+            raise Unavailable("no release is live yet; run build_index.py")
+        with self._lock:
+            if self._loaded is None or self._loaded.name != name:
+                try:
+                    fresh = LoadedRelease(Release.open(self.settings.models_dir, name), self.text_encoder)
+                except UserError as error:
+                    if self._loaded is None:
+                        raise Unavailable(str(error)) from error
+                    return self._loaded  # a damaged new release never takes a healthy one down
+                self._loaded = fresh
+                self._warm_up(fresh)
+            return self._loaded
+
+    def _warm_up(self, loaded: LoadedRelease) -> None:
+        """Answer once for nobody: the first real request then finds everything in place, and the fallback is known."""
+        try:
+            answer = self._answer(loaded, Request(k=CANDIDATES, exclude_history=False))
+            self._popular = [item.product_id for item in answer.items][:FALLBACK_ITEMS]
+        except psycopg.Error:
+            self._popular = []
+
+    # ----------------------------------------------------------------------------------------------------------- answers
+    def recommend(self, request: Request) -> Answer:
+        """A ranked list of `k` items, fewer only when the filters leave fewer.
+
+        Raises Unavailable when nothing can be said. If the database is away, an unfiltered request is answered from
+        the popular items in memory, marked `degraded`.
+        """
+        loaded = self.live()
+        try:
+            return self._answer(loaded, request)
+        except (psycopg.OperationalError, psycopg.errors.UndefinedTable, TimeoutError) as error:
+            if not self._popular or request.filters != Filters():
+                raise Unavailable(f"the database does not answer ({type(error).__name__})") from error
+            unwanted = {*request.exclude, *request.history}
+            ids = [product_id for product_id in self._popular if product_id not in unwanted][: request.k]
+            items = [
+                Recommended(product_id, rank, 0.0, "popular", rank, [Reason("popular")])
+                for rank, product_id in enumerate(ids, start=1)
+            ]
+            warning = "the database does not answer; this is the list of popular items"
+            return Answer(items, loaded.name, "cache", {"total": 0.0}, [warning], degraded=True)
+
+    def _answer(self, loaded: LoadedRelease, request: Request) -> Answer:
+        clock = _Clock()
+        now = time.time() if request.now is None else request.now
+        with clock("user"):
+            state, warnings = self._state(loaded, request)
+        with clock("embed"):
+            past, batch = self._user_tensors(loaded, request, state, now)
+            with torch.inference_mode():
+                query = loaded.user_tower(batch).numpy()  # (1, D)
+        with clock("search"):
+            met = state.product_ids if request.exclude_history else []
+            exclude = list(dict.fromkeys([*request.exclude, *met]))
+            found = self.store.vectors.search(
+                loaded.name, query[0], max(request.k, CANDIDATES), request.filters, exclude
+            )
+        with clock("rerank"):
+            self._know_words(loaded, found.re_ids)
+            order, scores, dense = self._rerank(loaded, query, found, past)
+        with clock("explain"):
+            items = [
+                Recommended(
+                    found.product_ids[row], rank, float(scores[row]), "reranker", int(row) + 1,
+                    self._reasons(loaded, found, row, past, dense, request.context),
+                )
+                for rank, row in enumerate(order[: request.k], start=1)
+            ]  # fmt: skip
+        return Answer(items, loaded.name, found.plan, clock.milliseconds(), warnings)
+
+    def _state(self, loaded: LoadedRelease, request: Request) -> tuple[UserState, list[str]]:
+        """What is stored for the user, with the request's own history behind it."""
+        warnings = []
+        length = loaded.user_tower.config.history
+        state = UserState.empty(loaded.user_tower.config.row_width)
+        if request.user_id is not None:
+            state = self.store.users.state(loaded.name, request.user_id, length)
+            if not state.known:
+                warnings.append(f"user {request.user_id!r} is unknown; answered from the rest of the request")
+        if request.history:
+            given = self.store.vectors.fetch(loaded.name, list(dict.fromkeys(request.history)))
+            unknown = [product_id for product_id in request.history if product_id not in set(given.product_ids)]
+            warnings += [f"item {product_id!r} in history is unknown; ignored" for product_id in unknown]
+            now = time.time() if request.now is None else request.now
+            state = state.extended(given, kind="view", at=now, limit=length)
+        return state, warnings
+
+    def _user_tensors(
+        self, loaded: LoadedRelease, request: Request, state: UserState, now: float
+    ) -> tuple[Past, UserBatch]:
+        config, layout = loaded.user_tower.config, loaded.encoder.layout
+        self._know_words(loaded, state.re_ids)
+        count = max(1, len(state.product_ids))
+        rows = np.zeros((1, count, config.row_width), dtype=np.float32)
+        mask = np.zeros((1, count), dtype=bool)
+        age = np.zeros((1, count), dtype=np.float32)
+        kind = np.zeros((1, count), dtype=np.int64)
+        std = np.zeros((1, count, layout.std_width), dtype=np.int64)
+        re = np.zeros((1, count, layout.re_slots), dtype=np.int64)
+        price = np.full((1, count), np.nan)
+        if state.product_ids:
+            rows[0], mask[0] = state.vectors, True
+            age[0] = log_age(now, state.at)
+            kind[0] = [KIND_IDS.get(name, 0) for name in state.kinds]
+            std[0], re[0], price[0] = state.std_ids, state.re_ids, state.price
+        profile = loaded.scaler.transform([{**state.profile, **request.profile}])
+        context = np.zeros((1, self.text_encoder.width), dtype=np.float32)
+        if request.context.strip():
+            context[0] = self._context(request.context.strip())
+        unit = rows[:, :, : config.item_width]
+        batch = UserBatch(
+            history=torch.from_numpy(unit),
+            collaborative=torch.from_numpy(rows[:, :, config.item_width + config.popularity_width :]),
+            kind=torch.from_numpy(kind),
+            age=torch.from_numpy(age),
+            history_mask=torch.from_numpy(mask),
+            context=torch.from_numpy(context),
+            profile=torch.from_numpy(profile),
+        )
+        return Past(unit, mask, std, re, price, profile), batch
+
+    def _rerank(
+        self, loaded: LoadedRelease, query: np.ndarray, found: Found, past: Past
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Order of the candidates (rows of `found`, best first), their logits [N], their dense features [N, I]."""
+        if not found.product_ids:
+            return np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros((0, 0))
+        candidates = Candidates(
+            query, found.vectors[None], found.scores[None], found.std_ids[None], found.re_ids[None], found.price[None]
+        )
+        batch = rerank_batch(candidates, past, loaded.prices, loaded.item_width, loaded.popularity_width)
+        with torch.inference_mode():
+            scores = loaded.reranker(batch)[0].numpy()
+        # Stable, so that equal scores keep retrieval's order and an answer can be repeated.
+        return np.argsort(-scores, kind="stable"), scores, batch.item_dense[0].numpy()
+
+    def _know_words(self, loaded: LoadedRelease, re_ids: np.ndarray) -> None:
+        """Catch up with RE words that another worker added, before an id of theirs reaches a model."""
+        if re_ids.size and int(re_ids.max()) >= len(loaded.encoder.re_vocab):
+            with self._lock:
+                loaded.learn_words(self.store.releases.words(loaded.name), self.text_encoder)
+
+    def _reasons(
+        self, loaded: LoadedRelease, found: Found, row: int, past: Past, dense: np.ndarray, context: str
+    ) -> list[Reason]:
+        """Attributes the item shares with the history or names in the context; else what else spoke for it."""
+        std_vocab, re_vocab = loaded.encoder.std_vocab, loaded.encoder.re_vocab
+        events = max(1, int(past.mask.sum()))
+        shared: list[tuple[float, Reason]] = []
+        told = normalise(context)
+        for vocab, ids, history in (
+            (std_vocab, found.std_ids[row], past.std[0]),
+            (re_vocab, found.re_ids[row], past.re[0]),
+        ):
+            for word_id in ids[ids >= FIRST_WORD]:
+                field_name, value = vocab.word(int(word_id))
+                share = float((history == word_id).any(axis=1).sum()) / events
+                if told and value in told:
+                    shared.append((1.0 + share, Reason("context", field_name, value)))
+                elif share >= REASON_SHARE:
+                    shared.append((share, Reason("attribute", field_name, value)))
+        if shared:
+            shared.sort(key=lambda pair: -pair[0])
+            return [reason for _, reason in shared[:MAX_REASONS]]
+        kinds = ("popularity", "collaborative", "content")
+        columns = [ITEM_DENSE.index(kind) for kind in kinds]
+        spread = dense[:, columns].std(axis=0)
+        above = (dense[row, columns] - dense[:, columns].mean(axis=0)) / np.where(spread > 0, spread, 1.0)
+        return [Reason(("popular", "similar_shoppers", "match")[int(above.argmax())])]
+
+    # ------------------------------------------------------------------------------------------------------------- items
+    def similar(self, product_id: str, k: int) -> list[Neighbour]:
+        """The `k` items nearest to one by cosine, itself left out. Raises LookupError when it has no vector."""
+        loaded = self.live()
+        rows = self.store.vectors.fetch(loaded.name, [product_id])
+        if not rows.product_ids:
+            raise LookupError(product_id)
+        query = rows.vectors[0].copy()
+        query[loaded.item_width :] = 0.0  # likeness alone, however popular
+        found = self.store.vectors.search(loaded.name, query, k, Filters(), [product_id])
+        return [
+            Neighbour(other, rank, float(score))
+            for rank, (other, score) in enumerate(zip(found.product_ids, found.scores, strict=True), start=1)
+        ]
+
+    def put_products(self, products: Sequence[RawProduct], reader: LexiconReader) -> list[Rejected]:
+        """Store products, extract their features and make them searchable at once, without retraining.
+
+        Returns the values that were refused (they are in quarantine too). A new RE word gets its id and, until the next
+        training, a vector projected from its text. Without a live release the products wait for the next index.
+        """
+        schema = self.store.schema()
+        self.store.products.put(list(products))
+        extractions = [extract(product, schema, reader) for product in products]
+        rejected = [value for extraction in extractions for value in extraction.rejected]
+        self.store.products.put_features([extraction.product for extraction in extractions], origin=reader.name)
+        self.store.quarantine.add("api", rejected)
+        try:
+            loaded = self.live()
+        except Unavailable:
+            return rejected
+        self._index(loaded, [extraction.product for extraction in extractions])
+        return rejected
+
+    def _index(self, loaded: LoadedRelease, products: Sequence[Product]) -> None:
+        encoder = loaded.encoder
+        words = {
+            (field_name, normalise(value))
+            for product in products
+            for field_name, values in product.re.items()
+            for value in values
+            if field_name in encoder.re_vocab.field_names and encoder.re_vocab.id(field_name, value) == UNKNOWN
+        }
+        if words:
+            with self._lock:
+                known = self.store.releases.add_words(loaded.name, sorted(words), first_id=loaded.trained_re_words)
+                loaded.learn_words(known, self.text_encoder)
+        features = encoder.features(products)
+        config = loaded.user_tower.config
+        rows = np.zeros((len(products), config.row_width), dtype=np.float32)
+        rows[:, : config.item_width] = encoder.vectors(features, progress=False)
+        # A new item has no past: no counts, no collaborative coordinates, and the flag that says so.
+        rows[:, config.item_width + config.popularity_width - 1] = 1.0
+        before = self.store.vectors.fetch(loaded.name, features.product_ids)
+        old = dict(zip(before.product_ids, before.vectors, strict=True))
+        for row, product_id in enumerate(features.product_ids):
+            if product_id in old:
+                rows[row, config.item_width :] = old[product_id][config.item_width :]
+        self.store.vectors.upsert(loaded.name, ItemRows(features.product_ids, rows, features.std, features.re))
+
+
+class _Clock:
+    """Milliseconds by stage."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.stages: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.stages[stage] = 1000 * (time.perf_counter() - start)
+
+    def milliseconds(self) -> dict[str, float]:
+        return {**self.stages, "total": 1000 * (time.perf_counter() - self.started)}

@@ -1,0 +1,285 @@
+"""A release: encoder, user tower, reranker, vocabularies, schema and manifest, saved and loaded as one.
+
+Item vectors belong to the encoder that made them, so these parts never mix. A release is a folder in `saved_models/`; the
+training scripts fill it, `build_index.py` completes it, and the file `saved_models/current` names the live one. Changing that
+file (atomically) is what makes a release live or rolls it back; API workers notice without a restart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from catalog import FeatureSchema, Product
+from model_reranker import FusedDeepFM, RerankerConfig, build_deepfm
+from model_simcse import ItemTower, ItemTowerConfig
+from model_user import UserTower, UserTowerConfig
+from settings import UserError
+from tensors import ItemFeatures, ItemLayout, ProfileScaler, distinct, item_features
+from vocab import ReVocab, StdVocab
+
+if TYPE_CHECKING:
+    from text_encoder import TextEncoder
+
+ENCODER, USER_TOWER, RERANKER = "encoder_stage1.pth", "user_tower.pth", "reranker_deepfm.pth"
+# The user tower before its last fit on all data: the reranker learns from lists that its training targets never shaped.
+USER_TOWER_HOLDOUT = "user_tower_holdout.pth"
+
+# A checkpoint is refused beyond this size before a byte of it is read.
+MAX_CHECKPOINT_BYTES = 8 * 2**30
+EMBED_BATCH = 1024
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+class Release:
+    """A release folder and its manifest. `name` is the folder's name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.name = folder.name
+        self.manifest: dict[str, Any] = {}
+        if (folder / "manifest.json").exists():
+            try:
+                self.manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UserError(f"{folder / 'manifest.json'} is damaged ({error}); use another release") from error
+
+    # ------------------------------------------------------------------------------------------------- find and make
+    @classmethod
+    def create(cls, models_dir: Path, name: str = "") -> Release:
+        """A new, empty release; the default name is the time, so names sort by age."""
+        name = name or datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+        if not _NAME.fullmatch(name):
+            raise UserError(f"{name!r} is no release name: use letters, digits, '.', '_' and '-', at most 63")
+        folder = models_dir / name
+        folder.mkdir(parents=True, exist_ok=True)
+        release = cls(folder)
+        release.manifest.setdefault("name", name)
+        release.manifest.setdefault("created_at", datetime.now(UTC).isoformat(timespec="seconds"))
+        release.save_manifest()
+        return release
+
+    @classmethod
+    def names(cls, models_dir: Path) -> list[str]:
+        """Names of the releases in `models_dir`, oldest first."""
+        found = [folder for folder in models_dir.glob("*/") if (folder / "manifest.json").exists()]
+        return [
+            folder.name
+            for folder in sorted(found, key=lambda folder: (cls(folder).manifest["created_at"], folder.name))
+        ]
+
+    @classmethod
+    def open(cls, models_dir: Path, name: str = "") -> Release:
+        """The release `name`, or the newest. Raises UserError when there is none."""
+        names = cls.names(models_dir)
+        if name and name not in names:
+            raise UserError(f"no release {name!r} in {models_dir} (there are: {', '.join(names) or 'none'})")
+        if not names:
+            raise UserError(f"no release in {models_dir} yet; run train_simcse.py first")
+        return cls(models_dir / (name or names[-1]))
+
+    # ---------------------------------------------------------------------------------------------------- live pointer
+    @staticmethod
+    def current(models_dir: Path) -> str | None:
+        """The live release's name, or None when nothing is live."""
+        try:
+            return (models_dir / "current").read_text(encoding="utf-8").strip() or None
+        except FileNotFoundError:
+            return None
+
+    def make_live(self) -> None:
+        """Point `current` here, in one atomic step. Raises UserError unless the release is complete."""
+        missing = [part for part in ("item_tower", "user_tower", "reranker", "index") if part not in self.manifest]
+        if missing:
+            raise UserError(f"release {self.name} is not complete (missing: {', '.join(missing)}); it cannot go live")
+        pointer = self.folder.parent / "current"
+        temporary = pointer.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(self.name + "\n", encoding="utf-8")
+        os.replace(temporary, pointer)
+
+    # ------------------------------------------------------------------------------------------------------- save, load
+    def save_manifest(self) -> None:
+        temporary = self.folder / f"manifest.{os.getpid()}.tmp"
+        temporary.write_text(json.dumps(self.manifest, ensure_ascii=False, indent=1), encoding="utf-8")
+        os.replace(temporary, self.folder / "manifest.json")
+
+    def save_weights(self, file: str, model: nn.Module) -> None:
+        """Write a state dict, atomically, and note its sha256. Raises ValueError on a value that is not finite."""
+        state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+        _check_finite(state, file)
+        temporary = self.folder / f"{file}.{os.getpid()}.tmp"
+        torch.save(state, temporary)
+        os.replace(temporary, self.folder / file)
+        self.manifest.setdefault("files", {})[file] = _sha256(self.folder / file)
+        self.save_manifest()
+
+    def load_weights(self, file: str, model: nn.Module) -> None:
+        """Load what `save_weights` wrote into `model`: size, checksum, shapes and finiteness are all checked."""
+        path = self.folder / file
+        if not path.exists():
+            raise UserError(f"release {self.name} has no {file}; run the training script that makes it")
+        if path.stat().st_size > MAX_CHECKPOINT_BYTES:
+            raise UserError(f"{path} is {path.stat().st_size} bytes, more than any model of ours; refusing to read it")
+        if _sha256(path) != self.manifest.get("files", {}).get(file):
+            raise UserError(
+                f"{path} is not the file this release was made with (sha256 differs); restore or retrain it"
+            )
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            _check_finite(state, file)
+            model.load_state_dict(state)
+        except UserError:
+            raise
+        except Exception as error:  # torch raises anything from KeyError to UnpicklingError on a damaged file
+            raise UserError(f"{path} cannot be loaded: {error}") from error
+        model.eval()
+
+    def save_vocabularies(self, schema: FeatureSchema, std: StdVocab, re_vocab: ReVocab) -> None:
+        (self.folder / "schema.json").write_text(schema.model_dump_json(indent=1), encoding="utf-8")
+        std.save(self.folder / "std_vocab.json")
+        re_vocab.save(self.folder / "re_vocab.json")
+
+    # ------------------------------------------------------------------------------------------------------------ parts
+    def vocabularies(self) -> tuple[StdVocab, ReVocab]:
+        return StdVocab.load(self.folder / "std_vocab.json"), ReVocab.load(self.folder / "re_vocab.json")
+
+    def item_tower(self) -> ItemTower:
+        tower = ItemTower(ItemTowerConfig(**self._part("item_tower")["config"]))
+        self.load_weights(ENCODER, tower)
+        return tower
+
+    def item_layout(self) -> ItemLayout:
+        return ItemLayout(**self._part("item_tower")["layout"])
+
+    def user_tower(self, file: str = USER_TOWER) -> UserTower:
+        tower = UserTower(UserTowerConfig(**self._part("user_tower")["config"]))
+        self.load_weights(file, tower)
+        return tower
+
+    def save_trained_items(self, product_ids: Sequence[str]) -> None:
+        """Which product each row of the collaborative table belongs to."""
+        (self.folder / "trained_items.json").write_text(
+            json.dumps(list(product_ids), ensure_ascii=False), encoding="utf-8"
+        )
+
+    def aligned_user_tower(self, product_ids: Sequence[str], file: str = USER_TOWER) -> UserTower:
+        """The user tower with its collaborative table in the order of `product_ids`."""
+        trained = json.loads((self.folder / "trained_items.json").read_text(encoding="utf-8"))
+        row_of = {product_id: row for row, product_id in enumerate(trained)}
+        tower = self.user_tower(file)
+        tower.realign([row_of.get(product_id, -1) for product_id in product_ids])
+        return tower
+
+    def profile_scaler(self) -> ProfileScaler:
+        return ProfileScaler(**self._part("user_tower")["profile_scaler"])
+
+    def reranker_config(self) -> RerankerConfig:
+        saved = self._part("reranker")["config"]
+        return RerankerConfig(**{**saved, "hidden": tuple(saved["hidden"])})
+
+    def reranker(self) -> FusedDeepFM:
+        config = self.reranker_config()
+        model = build_deepfm(config)
+        self.load_weights(RERANKER, model)
+        return FusedDeepFM(model, config).eval()
+
+    def check_text_encoder(self, encoder: TextEncoder) -> None:
+        """Raises UserError when `encoder` is not the one this release was trained with."""
+        saved = self._part("item_tower")["text_encoder"]
+        if saved["fingerprint"] != encoder.fingerprint:
+            raise UserError(
+                f"release {self.name} was trained with text encoder {saved['name']!r} ({saved['fingerprint'][:12]}), but "
+                f"{encoder.name!r} ({encoder.fingerprint[:12]}) is configured; set TEXT_ENCODER back or train anew"
+            )
+
+    def record(self, part: str, **values: Any) -> None:
+        """Note a finished part (`item_tower`, `user_tower`, `reranker`, `index`) in the manifest."""
+        self.manifest[part] = {
+            key: asdict(value) if hasattr(value, "__dataclass_fields__") else value for key, value in values.items()
+        }
+        self.save_manifest()
+
+    def _part(self, part: str) -> dict[str, Any]:
+        if part not in self.manifest:
+            raise UserError(f"release {self.name} has no {part} yet; run the training script that makes it")
+        return self.manifest[part]
+
+
+class ItemEncoder:
+    """Products to item vectors with one release's encoder: vocabularies, item tower, text encoder."""
+
+    def __init__(self, release: Release, text_encoder: TextEncoder) -> None:
+        release.check_text_encoder(text_encoder)
+        self.std_vocab, self.re_vocab = release.vocabularies()
+        self.layout = release.item_layout()
+        self.tower = release.item_tower()
+        self.text_encoder = text_encoder
+        self.cache = release.folder / "item_vectors.npz"
+
+    def features(self, products: Sequence[Product]) -> ItemFeatures:
+        return catalogue_features(products, self.std_vocab, self.re_vocab, self.layout, self.text_encoder)
+
+    @torch.inference_mode()
+    def vectors(self, features: ItemFeatures, progress: bool = True) -> np.ndarray:
+        """Unit vectors float32 [N, output]."""
+        output = np.empty((len(features), self.tower.config.output), dtype=np.float32)
+        starts = range(0, len(features), EMBED_BATCH)
+        for start in tqdm(
+            starts, desc="item vectors", unit="batch", disable=not progress or len(starts) < 4, leave=False
+        ):
+            rows = np.arange(start, min(start + EMBED_BATCH, len(features)))
+            output[rows] = self.tower(features.batch(rows)).numpy()
+        return output
+
+    def cached_vectors(self, features: ItemFeatures) -> np.ndarray:
+        """The same, kept beside the release between the stages that need every item's vector."""
+        digest = hashlib.sha256()
+        for array in (features.std, features.re, features.title_of, features.titles.offsets):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        digest.update("\x00".join(features.product_ids).encode())
+        digest.update(_sha256(self.cache.parent / ENCODER).encode())
+        key = digest.hexdigest()
+        if self.cache.exists():
+            try:
+                with np.load(self.cache, allow_pickle=False) as saved:
+                    if str(saved["key"]) == key:
+                        return saved["vectors"]
+            except (OSError, ValueError, KeyError):
+                pass  # a cache cut short by a kill is made again
+        vectors = self.vectors(features)
+        temporary = self.cache.with_name(f"item_vectors.{os.getpid()}.tmp.npz")
+        np.savez(temporary, key=np.array(key), vectors=vectors)
+        os.replace(temporary, self.cache)
+        return vectors
+
+
+def catalogue_features(
+    products: Sequence[Product], std_vocab: StdVocab, re_vocab: ReVocab, layout: ItemLayout, text_encoder: TextEncoder
+) -> ItemFeatures:
+    """Arrays of a catalogue with its title token vectors, each distinct title encoded once ever (see TextCache)."""
+    titles, title_of = distinct([product.title for product in products])
+    return item_features(products, std_vocab, re_vocab, layout, text_encoder.cached_tokens(titles), title_of)
+
+
+def _check_finite(state: Mapping[str, Tensor], file: str) -> None:
+    for key, value in state.items():
+        if value.is_floating_point() and not math.isfinite(float(value.sum())) and not torch.isfinite(value).all():
+            raise UserError(f"{file}: the weights {key!r} are not finite; the training diverged or the file is damaged")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,111 @@
+"""A standard split from files to figures: import, extract, train three stages, index, evaluate; with time and memory of each.
+
+    python run_split.py hm-week FOLDER
+    python run_split.py rtr FOLDER             # one system, judged on rtr-warm and rtr-cold
+
+Everything lies in its own database and releases under DATA_DIR/<split>, so a shop's own are never touched. Steps that are done are
+not done again: a stopped run goes on where it was (`--fresh` starts over).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
+
+from release import Release
+from settings import Settings, UserError, run_script
+
+STEPS = Path("docs/steps.json")
+
+# Chosen on the held-out days before each cut (train_user.py's validation), never on the test days.
+PIPELINES: dict[str, list[list[str]]] = {
+    "hm-week": [
+        ["import_data.py", "hm", "{path}", "--until", "2020-09-21"],
+        ["extract_features.py"],
+        ["train_simcse.py", "--release", "split", "--epochs", "3"],
+        ["train_user.py", "--release", "split"],
+        ["train_reranker.py", "--release", "split"],
+        ["build_index.py", "--release", "split"],
+        ["evaluate.py", "hm-week", "{path}"],
+    ],
+    "rtr": [
+        ["import_data.py", "rent-the-runway", "{path}", "--until", "2017-07-01"],
+        ["extract_features.py"],
+        ["train_simcse.py", "--release", "split"],
+        ["train_user.py", "--release", "split"],
+        ["train_reranker.py", "--release", "split"],
+        ["build_index.py", "--release", "split"],
+        ["evaluate.py", "rtr-warm", "{path}"],
+        ["evaluate.py", "rtr-cold", "{path}"],
+    ],
+}
+# What a finished training step leaves in the manifest.
+PARTS = {"train_simcse.py": "item_tower", "train_user.py": "user_tower", "train_reranker.py": "reranker", "build_index.py": "index"}  # fmt: skip
+
+
+class SplitOptions(Settings):
+    split: CliPositionalArg[Literal["hm-week", "rtr"]] = Field(description="split to run")
+    path: CliPositionalArg[Path] = Field(description="folder of the data set")
+    fresh: bool = Field(False, description="start over, from an empty database")
+
+
+def main(options: SplitOptions) -> None:
+    if not options.path.is_dir():
+        raise UserError(f"{options.path} is not a folder; give the one that holds the data set's files")
+    home = options.data_dir / options.split
+    models = home / "saved_models"
+    if options.fresh:
+        shutil.rmtree(home, ignore_errors=True)
+    models.mkdir(parents=True, exist_ok=True)
+    # The text encoder and its cache are the same for every split.
+    environment = {**os.environ, "DATA_DIR": str(home), "MODELS_DIR": str(models), "DATABASE_URL": ""}
+    for shared in ("text_encoder", "text_cache"):
+        (options.data_dir / shared).mkdir(parents=True, exist_ok=True)
+        if not (home / shared).exists():
+            (home / shared).symlink_to((options.data_dir / shared).resolve())
+
+    for step in PIPELINES[options.split]:
+        if _done(step, models):
+            print(f"{' '.join(step)}: done before")
+            continue
+        command = [sys.executable, *(part.format(path=options.path) for part in step)]
+        print(f"== {' '.join(step)}", flush=True)
+        started = time.monotonic()
+        process = subprocess.Popen(command, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.monotonic() - started
+        if status != 0:
+            raise UserError(
+                f"{step[0]} ended with status {os.waitstatus_to_exitcode(status)}; mend it and run this again"
+            )
+        # ru_maxrss is in kilobytes on Linux, in bytes on macOS.
+        memory = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        _note(options.split, step, seconds, memory)
+
+
+def _done(step: list[str], models: Path) -> bool:
+    part = PARTS.get(step[0])
+    return part is not None and "split" in Release.names(models) and part in Release.open(models, "split").manifest
+
+
+def _note(split: str, step: list[str], seconds: float, memory: int) -> None:
+    """Put a step's figures into docs/steps.json, in the order of the pipeline."""
+    rows = json.loads(STEPS.read_text(encoding="utf-8")) if STEPS.exists() else []
+    name = " ".join(part.replace("{path}", "FOLDER") for part in step)
+    rows = [row for row in rows if (row["split"], row["step"]) != (split, name)]
+    rows.append({"split": split, "step": name, "seconds": round(seconds, 1), "megabytes": round(memory / 2**20)})
+    STEPS.parent.mkdir(exist_ok=True)
+    STEPS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_script(SplitOptions, main)

@@ -1,0 +1,158 @@
+"""What the training stages read from the database, as arrays, and the tensors of any moment in the shop's past.
+
+A training example is a request that could have been made: what the shopper had done by then, the words they gave, their
+body, and what was wanted by then. `ShopData` builds exactly that, for the user tower, the reranker and the index alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model_user import UserTower
+from release import ItemEncoder
+from settings import UserError
+from store import Store
+from tensors import (
+    DAY,
+    Histories,
+    HistoryIndex,
+    ItemFeatures,
+    Popularity,
+    ProfileScaler,
+    UserBatch,
+    log_age,
+)
+
+# Hours before this have no past to learn from: on the first day everything looks unwanted.
+WARM_UP = 1 * DAY
+
+
+@dataclass(frozen=True)
+class ShopData:
+    """The catalogue, its vectors, and every event, aligned: item numbers are rows of `items`."""
+
+    items: ItemFeatures
+    vectors: np.ndarray  # float32 [N, item width], unit length
+    price: np.ndarray  # float64 [N], nan if unknown
+    histories: Histories
+    popularity: Popularity
+    profiles: list[dict[str, float]]  # of each user of `histories`
+    context_vectors: np.ndarray  # float32 [distinct contexts, text width]
+    newest: float  # epoch seconds of the newest event
+
+    @classmethod
+    def load(cls, store: Store, encoder: ItemEncoder, window_days: Sequence[float]) -> ShopData:
+        """Read everything. Raises UserError when there is nothing to learn from."""
+        products = store.products.read_features()
+        if not products:
+            raise UserError("no product has features yet; run import_data.py and extract_features.py first")
+        items = encoder.features(products)
+        log = store.events.read()
+        if len(log.at) == 0:
+            raise UserError("there are no events yet; import some with import_data.py")
+        histories = Histories.build(log, items.product_ids)
+        commerce = store.products.read_commerce()
+        row_of = {product_id: row for row, product_id in enumerate(commerce.product_ids)}
+        rows = np.array([row_of[product_id] for product_id in items.product_ids])
+        profiles = store.users.read_profiles()
+        return cls(
+            items,
+            encoder.cached_vectors(items),
+            commerce.price[rows],
+            histories,
+            Popularity.fit(histories.item, histories.at, commerce.arrived_at[rows], window_days),
+            [profiles.get(user_id, {}) for user_id in histories.user_ids],
+            encoder.text_encoder.cached_pooled(histories.contexts),
+            float(histories.at.max(initial=0.0)),
+        )
+
+    @property
+    def now(self) -> float:
+        """The moment after the newest event: popularity as of now counts every event."""
+        return self.newest + 1.0
+
+    def validation_start(self, share: float) -> float:
+        """The UTC midnight that leaves about `share` of the events, and at least something, after it."""
+        at = self.histories.at
+        midnight = np.floor(np.quantile(at, 1.0 - share) / DAY) * DAY
+        return float(max(midnight, np.floor(at.min() / DAY) * DAY + WARM_UP))
+
+    def targets(self, start: float, end: float) -> np.ndarray:
+        """Events to learn to foresee: a shopper's first meeting with an item, in [start, end), of a kind that counts."""
+        histories = self.histories
+        inside = (histories.at >= max(start, histories.at.min(initial=0.0) + WARM_UP)) & (histories.at < end)
+        return np.flatnonzero(inside & histories.first_meeting & (histories.weight > 0))
+
+    def profile_scaler(self, before: float) -> ProfileScaler:
+        """Statistics of the shoppers who had come by `before`."""
+        known = np.unique(self.histories.user[self.histories.at < before])
+        return ProfileScaler.fit([self.profiles[user] for user in known])
+
+    def user_batch(
+        self, tower: UserTower, index: HistoryIndex, users: np.ndarray, contexts: np.ndarray, now: np.ndarray,
+        profiles: np.ndarray, popularity: Tensor,
+    ) -> UserBatch:  # fmt: skip
+        """Tensors of requests: history rows, user numbers [B], context rows [B], times [B], scaled profiles [U, P].
+
+        popularity float32 [N, P] of the whole catalogue says which items had collaborative coordinates by then.
+        """
+        histories = self.histories
+        items = histories.item[index.index].astype(np.int64)
+        numbers = torch.from_numpy(items)
+        return UserBatch(
+            history=torch.from_numpy(self.vectors[items]),
+            collaborative=tower.collaborative_of(numbers, popularity[numbers]),
+            kind=torch.from_numpy(histories.kind[index.index].astype(np.int64)),
+            age=torch.from_numpy(log_age(now[:, None], histories.at[index.index])),
+            history_mask=torch.from_numpy(index.mask),
+            context=torch.from_numpy(self.context_vectors[contexts]),
+            profile=torch.from_numpy(profiles[users]),
+        )
+
+    def requests(self, start: float, end: float, as_of: float) -> Requests:
+        """The requests that shoppers made in [start, end), as the shop knew them at `as_of`: one for each shopper and
+        context, answered right by the items they then met for the first time."""
+        histories = self.histories
+        rows = self.targets(start, end)
+        pairs = np.stack([histories.user[rows], histories.context[rows]], axis=1)
+        distinct_pairs, request_of = np.unique(pairs, axis=0, return_inverse=True)
+        order = np.argsort(request_of, kind="stable")
+        splits = np.cumsum(np.bincount(request_of, minlength=len(distinct_pairs)))[:-1]
+        answers = [np.unique(part) for part in np.split(histories.item[rows[order]], splits)]
+        return Requests(distinct_pairs[:, 0], distinct_pairs[:, 1], answers, as_of)
+
+    def history_as_of(self, users: np.ndarray, as_of: float, length: int) -> HistoryIndex:
+        """The latest `length` events of each user before `as_of`."""
+        histories = self.histories
+        starts, stops = histories.starts[users], histories.starts[users + 1]
+        past = np.concatenate([[0], np.cumsum(histories.at < as_of)])
+        end = starts + past[stops] - past[starts]  # events are in time order within a user
+        start = np.maximum(starts, end - length)
+        index = start[:, None] + np.arange(max(1, int((end - start).max(initial=0))))
+        mask = index < end[:, None]
+        return HistoryIndex(np.where(mask, index, 0), mask)
+
+    def seen(self, user: int, as_of: float) -> np.ndarray:
+        """Catalogue rows that the user met before `as_of`."""
+        histories = self.histories
+        events = slice(histories.starts[user], histories.starts[user + 1])
+        return histories.item[events][histories.at[events] < as_of]
+
+
+@dataclass(frozen=True)
+class Requests:
+    users: np.ndarray  # int [B]
+    contexts: np.ndarray  # int [B], rows of `ShopData.context_vectors`
+    answers: list[np.ndarray]  # catalogue rows
+    as_of: float
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def take(self, rows: np.ndarray) -> Requests:
+        return Requests(self.users[rows], self.contexts[rows], [self.answers[row] for row in rows], self.as_of)

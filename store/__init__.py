@@ -1,0 +1,30 @@
+"""PostgreSQL: start or connect, migrations, products, events, users, vectors, releases. All SQL is here."""
+
+from catalog import Rejected
+from store.database import Store
+from store.events import EventLog, PutEvents
+from store.imports import Counts, ImportReport, ImportSession
+from store.products import Commerce, StoredProduct
+from store.quarantine import QuarantinedRow
+from store.releases import RecordedRelease
+from store.users import UserState
+from store.vectors import EXACT_LIMIT, Filters, Found, ItemRows
+
+__all__ = [
+    "EXACT_LIMIT",
+    "Commerce",
+    "Counts",
+    "EventLog",
+    "Filters",
+    "Found",
+    "ImportReport",
+    "ImportSession",
+    "ItemRows",
+    "PutEvents",
+    "QuarantinedRow",
+    "RecordedRelease",
+    "Rejected",
+    "Store",
+    "StoredProduct",
+    "UserState",
+]

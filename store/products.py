@@ -1,0 +1,190 @@
+"""Products: what sellers gave, and the structured features read from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+from psycopg import Connection
+from psycopg_pool import ConnectionPool
+
+from catalog import Product, RawProduct
+
+_RAW = "product_id, title, description, attributes, price, in_stock, group_id, arrived_at"
+
+# `{rows}` gives the columns of _RAW. Rows that change nothing are not written again. Ordered, so that two writers
+# lock rows in the same order and cannot deadlock.
+UPSERT = f"""
+    INSERT INTO products ({_RAW}) SELECT {_RAW} FROM {{rows}} ORDER BY product_id
+    ON CONFLICT (product_id) DO UPDATE SET title = excluded.title, description = excluded.description,
+        attributes = excluded.attributes, price = excluded.price, in_stock = excluded.in_stock,
+        group_id = excluded.group_id, arrived_at = excluded.arrived_at
+    WHERE (products.title, products.description, products.attributes, products.price, products.in_stock,
+        products.group_id, products.arrived_at) IS DISTINCT FROM (excluded.title, excluded.description,
+        excluded.attributes, excluded.price, excluded.in_stock, excluded.group_id, excluded.arrived_at)
+"""
+
+# `{rows}` gives product_id, std, re, origin.
+UPDATE_FEATURES = """
+    UPDATE products SET std = given.std, re = given.re, features_origin = given.origin
+    FROM (SELECT product_id, std, re, origin FROM {rows} ORDER BY product_id) AS given
+    WHERE products.product_id = given.product_id
+        AND (products.std, products.re, products.features_origin)
+            IS DISTINCT FROM (given.std, given.re, given.origin)
+"""
+
+
+@dataclass(frozen=True)
+class StoredProduct:
+    raw: RawProduct
+    product: Product | None  # structured features; None until the product has been read
+
+
+@dataclass(frozen=True)
+class Commerce:
+    """The business side of every product, ordered by product id. N products."""
+
+    product_ids: list[str]
+    price: np.ndarray  # float64 [N], nan if unknown
+    in_stock: np.ndarray  # bool [N]
+    group_id: list[str | None]
+    arrived_at: np.ndarray  # float64 [N], epoch seconds, nan if unknown
+
+
+class Products:
+    def __init__(self, pool: ConnectionPool[Connection[Any]]) -> None:
+        self._pool = pool
+
+    def put(self, products: list[RawProduct]) -> None:
+        """Add or replace the raw side of products; of one id given twice the last counts. Features stay."""
+        rows = [raw_row(product) for product in {product.product_id: product for product in products}.values()]
+        columns = list(zip(*rows, strict=True)) or [()] * 8
+        source = (
+            "unnest(%s::text[], %s::text[], %s::text[], %s::jsonb[], %s::float8[], %s::boolean[], %s::text[],"
+            f" %s::timestamptz[]) AS given({_RAW})"
+        )
+        with self._pool.connection() as connection:
+            connection.execute(UPSERT.format(rows=source), [list(column) for column in columns])
+
+    def get(self, product_id: str) -> StoredProduct | None:
+        with self._pool.connection() as connection:
+            row = connection.execute(
+                f"SELECT {_RAW}, std, re FROM products WHERE product_id = %s", (product_id,)
+            ).fetchone()
+        if row is None:
+            return None
+        *raw, std, re = row
+        product = None if std is None else Product(product_id=product_id, title=raw[1], std=std, re=re)
+        return StoredProduct(_raw_product(raw), product)
+
+    def iter_raw(self, batch_size: int = 1000) -> Iterator[list[RawProduct]]:
+        """Every product ordered by id, in lists of at most `batch_size`, as of one moment."""
+        with (
+            self._pool.connection() as connection,
+            connection.transaction(),
+            connection.cursor("raw_products", binary=True) as cursor,
+        ):
+            cursor.execute(f"SELECT {_RAW} FROM products ORDER BY product_id")
+            while rows := cursor.fetchmany(batch_size):
+                yield [_raw_product(row) for row in rows]
+
+    def put_features(self, products: Sequence[Product], origin: str | Sequence[str]) -> None:
+        """Set the structured features; `origin` says who read them, of all or of each.
+
+        The title is the raw product's. A product that was deleted meanwhile stays deleted.
+        """
+        origins = [origin] * len(products) if isinstance(origin, str) else origin
+        given = zip(products, origins, strict=True)
+        latest = {product.product_id: (product, origin) for product, origin in given}
+        # %b: the text form of an array escapes every quote of the JSON, which costs more than the update itself.
+        rows = (
+            "unnest(%b::text[], %b::text[]::jsonb[], %b::text[]::jsonb[], %b::text[])"
+            " AS given(product_id, std, re, origin)"
+        )
+        with self._pool.connection() as connection:
+            connection.execute(
+                UPDATE_FEATURES.format(rows=rows),
+                (
+                    list(latest),
+                    [orjson.dumps(product.std).decode() for product, _ in latest.values()],
+                    [orjson.dumps(product.re).decode() for product, _ in latest.values()],
+                    [origin for _, origin in latest.values()],
+                ),
+            )
+
+    def origins(self) -> dict[str, str]:
+        """Who read the features, of every product that has some."""
+        with self._pool.connection() as connection:
+            return dict(
+                connection.execute(
+                    "SELECT product_id, features_origin FROM products WHERE std IS NOT NULL ORDER BY product_id"
+                ).fetchall()
+            )
+
+    def read_features(self) -> list[Product]:
+        """Every product that has features, ordered by id."""
+        with self._pool.connection() as connection, connection.cursor(binary=True) as cursor:
+            rows = cursor.execute(
+                "SELECT product_id, title, std, re FROM products WHERE std IS NOT NULL ORDER BY product_id"
+            ).fetchall()
+        # Checked when they came in; checking 100,000 products again costs seconds.
+        return [
+            Product.model_construct(product_id=product_id, title=title, std=std, re=re)
+            for product_id, title, std, re in rows
+        ]
+
+    def read_commerce(self) -> Commerce:
+        with self._pool.connection() as connection, connection.cursor(binary=True) as cursor:
+            rows = cursor.execute(
+                "SELECT product_id, coalesce(price, 'nan'), in_stock, group_id,"
+                " coalesce(extract(epoch FROM arrived_at)::float8, 'nan') FROM products ORDER BY product_id"
+            ).fetchall()
+        product_ids, price, in_stock, group_id, arrived_at = zip(*rows, strict=True) if rows else ((),) * 5
+        return Commerce(
+            list(product_ids),
+            np.array(price, dtype=np.float64),
+            np.array(in_stock, dtype=bool),
+            list(group_id),
+            np.array(arrived_at, dtype=np.float64),
+        )
+
+    def existing(self, ids: Iterable[str]) -> set[str]:
+        """Those of `ids` that are products."""
+        with self._pool.connection() as connection:
+            rows = connection.execute(
+                "SELECT product_id FROM products WHERE product_id = ANY(%s::text[])", (list(ids),)
+            ).fetchall()
+        return {product_id for (product_id,) in rows}
+
+    def delete(self, ids: Iterable[str]) -> None:
+        """Remove products; no search finds them from now on. What shoppers did with them stays in the event log."""
+        with self._pool.connection() as connection:
+            connection.execute("DELETE FROM products WHERE product_id = ANY(%s::text[])", (list(ids),))
+
+    def count(self) -> int:
+        with self._pool.connection() as connection:
+            row = connection.execute("SELECT count(*) FROM products").fetchone()
+        assert row is not None
+        return int(row[0])
+
+
+def raw_row(product: RawProduct) -> tuple[Any, ...]:
+    """The columns of _RAW, attributes as JSON text."""
+    return (
+        product.product_id,
+        product.title,
+        product.description,
+        orjson.dumps(product.attributes).decode(),
+        product.price,
+        product.in_stock,
+        product.group_id,
+        product.arrived_at,
+    )
+
+
+def _raw_product(row: Any) -> RawProduct:
+    names = ("product_id", "title", "description", "attributes", "price", "in_stock", "group_id", "arrived_at")
+    return RawProduct.model_construct(**dict(zip(names, row, strict=True)))

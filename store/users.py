@@ -1,0 +1,122 @@
+"""Shoppers: what is known of their bodies, and what they did last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+from psycopg import Connection, sql
+from psycopg_pool import ConnectionPool
+
+from catalog import User
+from store.vectors import BINARY, ItemRows, stack_ids, stack_vectors, table_of
+
+# `{rows}` gives user_id, profile. Ordered, so that two writers cannot deadlock.
+UPSERT = """
+    INSERT INTO users (user_id, profile) SELECT user_id, profile FROM {rows} ORDER BY user_id
+    ON CONFLICT (user_id) DO UPDATE SET profile = excluded.profile WHERE users.profile <> excluded.profile
+"""
+
+# One row at least: the outer join keeps the profile of a shopper without events. "Known" is asked of the event table
+# itself, since events on items without a vector are not in `latest`.
+_STATE = sql.SQL("""
+    SELECT shopper.profile,
+        shopper.profile IS NOT NULL OR EXISTS (SELECT FROM events WHERE user_id = %(user_id)s),
+        latest.*
+    FROM (SELECT (SELECT profile FROM users WHERE user_id = %(user_id)s) AS profile) AS shopper
+    LEFT JOIN (
+        SELECT product_id, kind, extract(epoch FROM at)::float8 AS at, {binary}, price
+        FROM events JOIN {vectors} USING (product_id) LEFT JOIN products USING (product_id)
+        WHERE user_id = %(user_id)s ORDER BY events.at DESC, product_id DESC LIMIT %(limit)s
+    ) AS latest ON true
+    ORDER BY latest.at, latest.product_id
+""")
+
+
+@dataclass(frozen=True)
+class UserState:
+    """All that a request needs to know of a shopper. T events, oldest first; D, S and R as in `ItemRows`."""
+
+    known: bool  # has a profile or any event
+    profile: dict[str, float]
+    product_ids: list[str]
+    kinds: list[str]
+    at: np.ndarray  # float64 [T], epoch seconds
+    vectors: np.ndarray  # float32 [T, D]
+    std_ids: np.ndarray  # int32 [T, S]
+    re_ids: np.ndarray  # int32 [T, R]
+    price: np.ndarray  # float64 [T], nan if unknown
+
+    @classmethod
+    def empty(cls, row_width: int) -> UserState:
+        """A shopper of whom nothing is known; D is `row_width`."""
+        no_ids = stack_ids([])
+        vectors = np.empty((0, row_width), dtype=np.float32)
+        return cls(False, {}, [], [], np.empty(0), vectors, no_ids, no_ids, np.empty(0))
+
+    def extended(self, rows: ItemRows, kind: str, at: float, limit: int) -> UserState:
+        """With `rows` met at the moment `at` (epoch seconds) behind what is there; the latest `limit` events stay."""
+        count = len(rows.product_ids)
+        start = max(0, len(self.product_ids) + count - limit)
+        return UserState(
+            self.known,
+            self.profile,
+            [*self.product_ids, *rows.product_ids][start:],
+            [*self.kinds, *[kind] * count][start:],
+            np.append(self.at, np.full(count, at))[start:],
+            _joined(self.vectors, rows.vectors)[start:],
+            _joined(self.std_ids, rows.std_ids)[start:],
+            _joined(self.re_ids, rows.re_ids)[start:],
+            np.append(self.price, np.full(count, np.nan))[start:],
+        )
+
+
+class Users:
+    def __init__(self, pool: ConnectionPool[Connection[Any]]) -> None:
+        self._pool = pool
+
+    def put(self, users: list[User]) -> None:
+        """Add or replace profiles; of one id given twice the last counts."""
+        latest = {user.user_id: user.profile for user in users}
+        with self._pool.connection() as connection:
+            connection.execute(
+                UPSERT.format(rows="unnest(%s::text[], %s::jsonb[]) AS given(user_id, profile)"),
+                (list(latest), [orjson.dumps(profile).decode() for profile in latest.values()]),
+            )
+
+    def get(self, user_id: str) -> User | None:
+        with self._pool.connection() as connection:
+            row = connection.execute("SELECT profile FROM users WHERE user_id = %s", (user_id,)).fetchone()
+        return None if row is None else User(user_id=user_id, profile=row[0])
+
+    def read_profiles(self) -> dict[str, dict[str, float]]:
+        """The profile of every user that has one, by user id, in the order of ids."""
+        with self._pool.connection() as connection:
+            return dict(connection.execute("SELECT user_id, profile FROM users ORDER BY user_id").fetchall())
+
+    def state(self, release: str, user_id: str, limit: int) -> UserState:
+        """Profile and the latest `limit` events on items that have a vector in `release`, in one round trip."""
+        query = _STATE.format(vectors=table_of(release), binary=BINARY)
+        with self._pool.connection() as connection, connection.cursor(binary=True) as cursor:
+            rows = cursor.execute(query, {"user_id": user_id, "limit": limit}).fetchall()
+        profile, known = rows[0][:2]
+        events = [row[2:] for row in rows if row[2] is not None]
+        product_ids, kinds, at, vectors, std_ids, re_ids, price = zip(*events, strict=True) if events else ((),) * 7
+        return UserState(
+            known,
+            {name: float(value) for name, value in (profile or {}).items()},
+            list(product_ids),
+            list(kinds),
+            np.array(at, dtype=np.float64),
+            stack_vectors(vectors),
+            stack_ids(std_ids),
+            stack_ids(re_ids),
+            np.array(price, dtype=np.float64),  # None becomes nan
+        )
+
+
+def _joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Rows of both; an empty part has no width to agree on."""
+    return np.concatenate([part for part in (first, second) if len(part)]) if len(first) + len(second) else first

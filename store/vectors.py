@@ -1,0 +1,420 @@
+"""Item vectors of the releases, and the search over them: inner product, by HNSW or exactly.
+
+Each release has a table of its own, so that a release is built beside the live one and dropped at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import orjson
+import psycopg
+from psycopg import Connection, sql
+from psycopg_pool import ConnectionPool
+
+# A filter that keeps at most this many products is answered exactly: up to here a full sort costs no more than an
+# iterative index scan, and its recall is 1.
+EXACT_LIMIT = 10_000
+# Counting up to that bound takes longer than an index search, so it is left out when the planner's estimate is this
+# many times above it.
+ESTIMATE_MARGIN = 2
+DEFAULT_EF_SEARCH = 200  # recall@100 is .998 and up at 300,000 items
+MAX_EF_SEARCH = 1000  # pgvector's own bound
+
+_PREFIX = "item_vectors_"
+_RELEASE = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")  # with prefix and index suffix within PostgreSQL's 63 bytes
+_COLUMNS = sql.SQL("product_id, vector, std_ids, re_ids")
+# The wire form as bytes: a hundred rows become one array at once (`stack_vectors`, `stack_ids`), not number by number.
+BINARY = sql.SQL("vector_send(vector), array_send(std_ids), array_send(re_ids)")
+
+_HNSW = sql.SQL("""
+    WITH nearest AS MATERIALIZED (
+        SELECT v.product_id, v.vector <#> %(query)b AS distance, v.vector, v.std_ids, v.re_ids, p.price
+        FROM {vectors} AS v JOIN products AS p USING (product_id)
+        WHERE p.std IS NOT NULL AND v.product_id <> ALL(%(exclude)s::text[]) AND {filters}
+        ORDER BY v.vector <#> %(query)b LIMIT %(limit)s
+    )
+    SELECT product_id, -distance, {binary}, price FROM nearest ORDER BY distance, product_id
+""")
+
+# The distances are computed inside a materialised step and sorted outside of it, where no index can offer its order.
+# `kept` may stop one above the bound: then the filter keeps too many and nothing is scored.
+_EXACT = sql.SQL("""
+    WITH kept AS MATERIALIZED (
+        SELECT product_id, price FROM products WHERE std IS NOT NULL AND {filters} {bound}
+    ), scored AS MATERIALIZED (
+        SELECT product_id, v.vector <#> %(query)b AS distance, kept.price
+        FROM kept JOIN {vectors} AS v USING (product_id)
+        WHERE product_id <> ALL(%(exclude)s::text[]) AND {within}
+    ), best AS MATERIALIZED (
+        SELECT * FROM scored ORDER BY distance, product_id LIMIT %(limit)s
+    )
+    SELECT total.kept, product_id, -distance, {binary}, price
+    FROM (SELECT count(*) AS kept FROM kept) AS total
+    LEFT JOIN (best JOIN {vectors} USING (product_id)) ON true ORDER BY distance, product_id
+""")
+
+
+@dataclass(frozen=True)
+class ItemRows:
+    """Rows of a release. n items, D dimensions, S and R the widths that the encoder gives the ids."""
+
+    product_ids: list[str]
+    vectors: np.ndarray  # float32 [n, D]
+    std_ids: np.ndarray  # int32 [n, S], 0 is padding
+    re_ids: np.ndarray  # int32 [n, R], 0 is padding
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What may be found. A product whose price is unknown passes no price bound."""
+
+    std: dict[str, list[str]] = field(default_factory=dict)  # any of the values within a field, in every field
+    min_price: float | None = None
+    max_price: float | None = None
+    in_stock: bool | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found, best first. Shapes as in `ItemRows`."""
+
+    product_ids: list[str]
+    scores: np.ndarray  # float32 [n], inner products
+    vectors: np.ndarray  # float32 [n, D]
+    std_ids: np.ndarray  # int32 [n, S]
+    re_ids: np.ndarray  # int32 [n, R]
+    price: np.ndarray  # float64 [n], nan if unknown
+    plan: str  # "hnsw", "hnsw-iterative" or "exact"
+
+
+class Vectors:
+    def __init__(self, pool: ConnectionPool[Connection[Any]]) -> None:
+        self._pool = pool
+        self._indexed: set[str] = set()  # releases seen to have their index; it never goes before the table does
+
+    def create(self, release: str, dimensions: int) -> None:
+        """An empty table; whatever an earlier build of this release left is dropped."""
+        self.drop(release)
+        with self._pool.connection() as connection:
+            connection.execute(
+                sql.SQL(
+                    'CREATE TABLE {} (product_id text COLLATE "C" PRIMARY KEY, vector vector({}) NOT NULL,'
+                    " std_ids int4[] NOT NULL, re_ids int4[] NOT NULL)"
+                ).format(table_of(release), sql.Literal(dimensions))
+            )
+
+    def copy(self, release: str, rows: ItemRows) -> None:
+        """Add rows by binary COPY. May be called several times; an id that is there is an error."""
+        copy_from = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT binary)").format(table_of(release), _COLUMNS)
+        with self._pool.connection() as connection, connection.cursor().copy(copy_from) as copy:
+            copy.set_types(["text", "vector", "int4[]", "int4[]"])
+            for row in _adapted(rows):
+                copy.write_row(row)
+
+    def build_index(
+        self,
+        release: str,
+        m: int = 16,
+        ef_construction: int = 64,
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
+        """Build the HNSW index over inner product. `progress` is given the share that is done, 0 to 1."""
+        with self._pool.connection() as builder, ThreadPoolExecutor(1) as thread:
+            # The backend's id names this build in the progress view, whoever else builds.
+            backend = builder.info.backend_pid
+            build = thread.submit(self._build_index, builder, release, m, ef_construction)
+            try:
+                while True:
+                    try:
+                        build.result(timeout=0.2)
+                        break
+                    except FutureTimeoutError:
+                        if progress:
+                            progress(self._build_progress(backend))
+            except BaseException:
+                builder.cancel_safe()  # Ctrl-C stops the server's work too
+                raise
+        if progress:
+            progress(1.0)
+
+    def _build_index(self, connection: Connection[Any], release: str, m: int, ef_construction: int) -> None:
+        index = sql.SQL("CREATE INDEX {} ON {} USING hnsw (vector vector_ip_ops) WITH (m = {}, ef_construction = {})")
+        statement = index.format(_index_of(release), table_of(release), sql.Literal(m), sql.Literal(ef_construction))
+        for workers in (None, "0"):
+            try:
+                with connection.transaction():
+                    row = connection.execute(
+                        sql.SQL("SELECT count(*), max(vector_dims(vector)) FROM {}").format(table_of(release))
+                    ).fetchone()
+                    assert row is not None
+                    memory = _index_memory(row[0], row[1] or 0, m)
+                    connection.execute("SELECT set_config('maintenance_work_mem', %s, true)", (f"{memory}kB",))
+                    if workers is not None:
+                        connection.execute(
+                            "SELECT set_config('max_parallel_maintenance_workers', %s, true)", (workers,)
+                        )
+                    connection.execute(statement)
+                    connection.execute(sql.SQL("ANALYZE {}").format(table_of(release)))
+                return
+            except (psycopg.errors.DiskFull, psycopg.errors.OutOfMemory):
+                # Parallel builds share memory through /dev/shm, which containers keep small (64 MB in Docker).
+                if workers is not None:
+                    raise
+
+    def _build_progress(self, backend: int) -> float:
+        with self._pool.connection() as connection:
+            row = connection.execute(
+                "SELECT coalesce(blocks_done::float8 / nullif(blocks_total, 0), 0)"
+                " FROM pg_stat_progress_create_index WHERE pid = %s",
+                (backend,),
+            ).fetchone()
+        return 0.0 if row is None else float(row[0])
+
+    def upsert(self, release: str, rows: ItemRows) -> None:
+        """Add or replace rows; searches see them at once."""
+        statement = sql.SQL(
+            "INSERT INTO {} ({}) VALUES (%s, %b, %b::int4[], %b::int4[])"
+            " ON CONFLICT (product_id) DO UPDATE SET vector = excluded.vector, std_ids = excluded.std_ids,"
+            " re_ids = excluded.re_ids"
+        ).format(table_of(release), _COLUMNS)
+        # Ordered, so that two writers cannot deadlock.
+        ordered = sorted(_adapted(rows), key=lambda row: row[0])
+        with self._pool.connection() as connection, connection.transaction():
+            connection.cursor().executemany(statement, ordered)
+
+    def count(self, release: str) -> int:
+        with self._pool.connection() as connection:
+            row = connection.execute(sql.SQL("SELECT count(*) FROM {}").format(table_of(release))).fetchone()
+        assert row is not None
+        return int(row[0])
+
+    def drop(self, release: str) -> None:
+        """Remove the release's vectors, if it has any."""
+        self._indexed.discard(release)
+        with self._pool.connection() as connection:
+            connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(table_of(release)))
+
+    def releases(self) -> list[str]:
+        """Releases that have a table, sorted."""
+        with self._pool.connection() as connection:
+            rows = connection.execute(
+                "SELECT substr(tablename, %s) FROM pg_tables"
+                " WHERE schemaname = current_schema() AND starts_with(tablename, %s) ORDER BY 1",
+                (len(_PREFIX) + 1, _PREFIX),
+            ).fetchall()
+        return sorted(release for (release,) in rows)
+
+    def fetch(self, release: str, ids: Sequence[str]) -> ItemRows:
+        """The rows of those `ids` that exist, in the order asked."""
+        query = sql.SQL("SELECT product_id, {} FROM {} WHERE product_id = ANY(%s::text[])").format(
+            BINARY, table_of(release)
+        )
+        with self._pool.connection() as connection, connection.cursor(binary=True) as cursor:
+            found = {row[0]: row for row in cursor.execute(query, (list(ids),))}
+        rows = [found[product_id] for product_id in ids if product_id in found]
+        product_ids, vectors, std_ids, re_ids = zip(*rows, strict=True) if rows else ((),) * 4
+        return ItemRows(list(product_ids), stack_vectors(vectors), stack_ids(std_ids), stack_ids(re_ids))
+
+    def search(
+        self,
+        release: str,
+        query: np.ndarray,
+        limit: int,
+        filters: Filters | None = None,
+        exclude: Sequence[str] = (),
+        ef_search: int | None = None,
+    ) -> Found:
+        """The `limit` items with the greatest inner product with `query` (float32 [D]) that pass `filters`.
+
+        Products that were deleted, have no features or are in `exclude` never appear. Fewer than `limit` come back
+        only when no more match. Without filters it is one round trip.
+        """
+        conditions, parameters = _conditions(filters or Filters())
+        where = sql.SQL(" AND ").join(conditions) if conditions else sql.SQL("true")
+        parameters |= {
+            "query": np.ascontiguousarray(query, dtype=np.float32),
+            "exclude": list(exclude),
+            "limit": limit,
+        }
+        ef_search = min(max(ef_search or DEFAULT_EF_SEARCH, limit), MAX_EF_SEARCH)
+        with self._pool.connection() as connection:
+            if not self._has_index(connection, release):
+                return _exact(connection, release, where, parameters)
+            if conditions and _estimate(connection, where, parameters) <= ESTIMATE_MARGIN * EXACT_LIMIT:
+                found = _exact_if_few(connection, release, where, parameters)
+                if found is not None:
+                    return found
+            plan = "hnsw-iterative" if conditions else "hnsw"
+            rows = _hnsw(connection, release, where, parameters, ef_search, prepare=None if plan == "hnsw" else False)
+            if len(rows) < limit:  # the graph was left before enough were met
+                return _exact(connection, release, where, parameters)
+            return _found(rows, plan)
+
+    def _has_index(self, connection: Connection[Any], release: str) -> bool:
+        if release not in self._indexed:
+            name = _index_of(release).as_string(connection)
+            row = connection.execute("SELECT to_regclass(%s) IS NOT NULL", (name,)).fetchone()
+            if row is not None and row[0]:
+                self._indexed.add(release)
+        return release in self._indexed
+
+
+def table_of(release: str) -> sql.Identifier:
+    """The table of a release's vectors. Raises ValueError for a name that is no release's."""
+    if not _RELEASE.fullmatch(release):
+        raise ValueError(f"{release!r} is no release name: lower-case letters, digits, - and _, at most 40")
+    return sql.Identifier(_PREFIX + release)
+
+
+def stack_vectors(sent: Sequence[bytes]) -> np.ndarray:
+    """float32 [n, D] from pgvector's wire form: a header of 4 bytes, then big-endian floats. [0, 0] of none."""
+    if not sent:
+        return np.empty((0, 0), dtype=np.float32)
+    dimensions = (len(sent[0]) - 4) // 4
+    layout = np.dtype([("header", "V4"), ("values", ">f4", (dimensions,))])
+    return np.frombuffer(b"".join(sent), dtype=layout)["values"].astype(np.float32)
+
+
+def stack_ids(sent: Sequence[bytes]) -> np.ndarray:
+    """int32 [n, width] from the wire form of int4[]: a header of 20 bytes, then a length and a value each. [0, 0] of
+    none; all rows have one width."""
+    if not sent:
+        return np.empty((0, 0), dtype=np.int32)
+    width = max(0, (len(sent[0]) - 20) // 8)  # the header of an empty array is shorter
+    if not width:
+        return np.empty((len(sent), 0), dtype=np.int32)
+    layout = np.dtype([("header", "V20"), ("values", [("length", ">i4"), ("value", ">i4")], (width,))])
+    return np.frombuffer(b"".join(sent), dtype=layout)["values"]["value"].astype(np.int32)
+
+
+def _index_of(release: str) -> sql.Identifier:
+    return sql.Identifier(f"{_PREFIX}{release}_hnsw")
+
+
+def _index_memory(rows: int, dimensions: int, m: int) -> int:
+    """kB in which the graph of an index build fits: an element, its vector and 2m + m/(m-1)*m neighbours of 16 bytes.
+
+    When it does not fit, the rest is inserted row by row into the index on disk, three times as slowly.
+    """
+    bytes_needed = rows * (256 + 4 * dimensions + 64 * m) * 5 // 4
+    return int(np.clip(bytes_needed // 1024, 64 * 1024, 4 * 1024 * 1024))
+
+
+def _adapted(rows: ItemRows) -> Iterable[tuple[str, np.ndarray, list[int], list[int]]]:
+    vectors = np.ascontiguousarray(rows.vectors, dtype=np.float32)
+    return zip(rows.product_ids, vectors, rows.std_ids.tolist(), rows.re_ids.tolist(), strict=True)
+
+
+def _conditions(filters: Filters) -> tuple[list[sql.Composable], dict[str, Any]]:
+    """SQL conditions on `products` and their parameters."""
+    conditions: list[sql.Composable] = []
+    parameters: dict[str, Any] = {}
+    for number, (name, values) in enumerate(filters.std.items()):
+        conditions.append(sql.SQL("std @> ANY({}::jsonb[])").format(sql.Placeholder(f"std{number}")))
+        parameters[f"std{number}"] = [orjson.dumps({name: [value]}).decode() for value in values]
+    if filters.min_price is not None:
+        conditions.append(sql.SQL("price >= %(min_price)s"))
+        parameters["min_price"] = filters.min_price
+    if filters.max_price is not None:
+        conditions.append(sql.SQL("price <= %(max_price)s"))
+        parameters["max_price"] = filters.max_price
+    if filters.in_stock is not None:
+        conditions.append(sql.SQL("in_stock = %(in_stock)s"))
+        parameters["in_stock"] = filters.in_stock
+    return conditions, parameters
+
+
+def _hnsw(
+    connection: Connection[Any],
+    release: str,
+    where: sql.Composable,
+    parameters: dict[str, Any],
+    ef_search: int,
+    prepare: bool | None,
+) -> list[Any]:
+    settings = {
+        "hnsw.ef_search": str(ef_search),
+        # Goes on until enough rows pass the conditions; the statement puts them in order.
+        "hnsw.iterative_scan": "relaxed_order",
+        # On a small table the planner would rather sort everything; this leaves it only the index's own order.
+        "enable_seqscan": "off",
+        "enable_sort": "off",
+    }
+    query = _HNSW.format(vectors=table_of(release), filters=where, binary=BINARY)
+    return _query(connection, settings, query, parameters, prepare)
+
+
+def _estimate(connection: Connection[Any], where: sql.Composable, parameters: dict[str, Any]) -> float:
+    """The planner's guess how many products the conditions keep."""
+    explain = sql.SQL("EXPLAIN (FORMAT json) SELECT FROM products WHERE std IS NOT NULL AND {}").format(where)
+    row = connection.execute(explain, parameters, prepare=False).fetchone()
+    assert row is not None
+    return float(row[0][0]["Plan"]["Plan Rows"])
+
+
+def _exact(connection: Connection[Any], release: str, where: sql.Composable, parameters: dict[str, Any]) -> Found:
+    """All matches scored and sorted."""
+    query = _EXACT.format(
+        vectors=table_of(release), filters=where, bound=sql.SQL(""), within=sql.SQL("true"), binary=BINARY
+    )
+    rows = _query(connection, {}, query, parameters, prepare=False)
+    return _found([row[1:] for row in rows if row[1] is not None], "exact")
+
+
+def _exact_if_few(
+    connection: Connection[Any], release: str, where: sql.Composable, parameters: dict[str, Any]
+) -> Found | None:
+    """`_exact`, or None without having scored anything if the filter keeps more than EXACT_LIMIT products."""
+    query = _EXACT.format(
+        vectors=table_of(release),
+        filters=where,
+        bound=sql.SQL("LIMIT %(bound)s + 1"),
+        within=sql.SQL("(SELECT count(*) FROM kept) <= %(bound)s"),
+        binary=BINARY,
+    )
+    rows = _query(connection, {}, query, {**parameters, "bound": EXACT_LIMIT}, prepare=False)
+    if rows[0][0] > EXACT_LIMIT:
+        return None
+    return _found([row[1:] for row in rows if row[1] is not None], "exact")
+
+
+def _query(
+    connection: Connection[Any],
+    settings: dict[str, str],
+    query: sql.Composed,
+    parameters: dict[str, Any],
+    prepare: bool | None,
+) -> list[Any]:
+    """Rows of `query` under `settings`, in one round trip: what a pipeline sends together is one transaction, at whose
+    end the settings lapse.
+
+    Statements with filters must not be prepared: their best plan depends on the values.
+    """
+    # Starting parallel workers costs more than they save on so few rows.
+    settings = {"max_parallel_workers_per_gather": "0", **settings}
+    set_all = "SELECT " + ", ".join(["set_config(%s, %s, true)"] * len(settings))
+    with connection.cursor(binary=True) as cursor:
+        with connection.pipeline():
+            connection.execute(set_all, [text for setting in settings.items() for text in setting])
+            cursor.execute(query, parameters, prepare=prepare)
+        return cursor.fetchall()
+
+
+def _found(rows: Sequence[Any], plan: str) -> Found:
+    product_ids, scores, vectors, std_ids, re_ids, price = zip(*rows, strict=True) if rows else ((),) * 6
+    return Found(
+        list(product_ids),
+        np.array(scores, dtype=np.float32),
+        stack_vectors(vectors),
+        stack_ids(std_ids),
+        stack_ids(re_ids),
+        np.array(price, dtype=np.float64),  # None becomes nan
+        plan,
+    )

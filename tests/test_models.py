@@ -1,0 +1,357 @@
+"""The three models: what they must be equal to, what must not move them, and what must."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pytorch_metric_learning.losses import NTXentLoss, SelfSupervisedLoss, SupConLoss
+from torch.nn import functional as F
+
+from model_reranker import (
+    RE_TABLE,
+    STD_TABLE,
+    FusedDeepFM,
+    RerankerConfig,
+    build_deepfm,
+    deepfm_input,
+    start_from_retrieval,
+    transfer,
+)
+from model_simcse import ItemTower, ItemTowerConfig, orthogonal_table
+from model_user import UserTower, UserTowerConfig
+from tensors import ItemBatch, RerankBatch, UserBatch
+from train_simcse import alignment_uniformity, nt_xent
+from vocab import MASK, PAD
+
+TEXT = 6  # width of the text vectors in these tests
+
+
+# ---------------------------------------------------------------------------------------------------------- item tower
+def item_tower(**changes: object) -> ItemTower:
+    torch.manual_seed(0)
+    config = ItemTowerConfig(
+        [0, 0, 0, 1, 1, 2, 2], [0, 0, 0, 1, 1], TEXT, embedding_dim=8, width=16, heads=2, output=12
+    )
+    return ItemTower(replace(config, **changes)).eval()
+
+
+def items() -> ItemBatch:
+    return ItemBatch(
+        std=torch.tensor([[3, 5], [4, 0], [0, 0]]),
+        re=torch.tensor([[3, 4], [3, 0], [0, 0]]),
+        tokens=torch.arange(3 * 2 * TEXT, dtype=torch.float32).reshape(3, 2, TEXT) / 10,
+        token_mask=torch.tensor([[True, True], [True, False], [False, False]]),
+    )
+
+
+def test_item_vectors_have_unit_length_even_of_an_item_without_anything():
+    vectors = item_tower()(items())
+    assert vectors.shape == (3, 12)
+    torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(3))
+
+
+def test_padding_does_not_move_an_item_vector():
+    tower, batch = item_tower(), items()
+    wide = ItemBatch(
+        F.pad(batch.std, (0, 3)), F.pad(batch.re, (0, 2)), F.pad(batch.tokens, (0, 0, 0, 4), value=7.0),
+        F.pad(batch.token_mask, (0, 4)),
+    )  # fmt: skip
+    torch.testing.assert_close(tower(batch), tower(wide))
+
+
+@pytest.mark.parametrize("part", ["std", "re", "tokens"])
+def test_each_input_reaches_the_item_vector(part):
+    tower, batch = item_tower(), items()
+    changed = replace(batch, **{part: batch.tokens + 1.0 if part == "tokens" else getattr(batch, part).clamp(max=3)})
+    assert not torch.allclose(tower(batch)[0], tower(changed)[0], atol=1e-4)
+
+
+def test_re_and_title_reinforce_std_through_attention_alone():
+    """STD is the query: with the attention's output cut, RE and title no longer matter."""
+    tower, batch = item_tower(), items()
+    torch.nn.init.zeros_(tower.cross_attention.out_proj.weight)
+    torch.nn.init.zeros_(tower.cross_attention.out_proj.bias)
+    without = replace(batch, re=torch.zeros_like(batch.re), token_mask=torch.zeros_like(batch.token_mask))
+    torch.testing.assert_close(tower(batch), tower(without))
+
+
+def test_tables_start_orthogonal_within_blocks_and_padding_is_zero():
+    table = orthogonal_table(20, 8)
+    assert table[PAD].abs().sum() == 0
+    torch.testing.assert_close(table[8:16] @ table[8:16].T, torch.eye(8), atol=1e-5, rtol=0)
+
+
+def test_augment_masks_drops_and_keeps_the_rest():
+    tower, batch = item_tower(), items()
+    view = tower.augment(batch, std_dropout=1.0 - 1e-9, re_dropout=1.0, token_masking=1.0)
+    assert view.std.tolist() == [[MASK, MASK], [MASK, 0], [0, 0]]
+    assert view.re.abs().sum() == 0
+    assert torch.equal(view.tokens[0, 0], tower.masked_token)
+    assert torch.equal(view.tokens[2], batch.tokens[2])  # nothing there to mask
+    same = tower.augment(batch, 0.0, 0.0, 0.0)
+    assert torch.equal(same.std, batch.std)
+    assert torch.equal(same.tokens, batch.tokens)
+
+
+def test_a_new_word_gets_the_projection_of_its_text_and_old_rows_stay():
+    tower, batch = item_tower(), items()
+    before, text = tower(batch), torch.randn(2, TEXT)
+    tower.grow([1, 1], text)
+    torch.testing.assert_close(tower(batch), before)
+    torch.testing.assert_close(tower.re_table.weight[5:], tower.re_from_text(text))
+    grown = tower(replace(batch, re=torch.tensor([[5, 4], [3, 6], [0, 0]])))
+    assert not torch.allclose(grown[0], before[0], atol=1e-5)
+
+
+def test_re_text_share_trains_the_projection():
+    tower, batch = item_tower(), items()
+    tower(batch, torch.randn(5, TEXT), text_share=1.0).sum().backward()
+    assert tower.re_from_text.weight.grad.abs().sum() > 0
+    assert tower.re_table.weight.grad.abs().sum() == 0
+
+
+# ------------------------------------------------------------------------------------------------------------- NT-Xent
+@settings(deadline=None, max_examples=20)
+@given(st.integers(2, 12), st.floats(0.02, 1.0), st.integers(0, 1000))
+def test_nt_xent_equals_the_librarys_value_and_gradient(items_count, temperature, seed):
+    generator = torch.Generator().manual_seed(seed)
+    views = torch.randn(2 * items_count, 5, dtype=torch.float64, generator=generator)
+    ours, theirs = (F.normalize(views, dim=-1).requires_grad_() for _ in range(2))
+    loss = nt_xent(ours, torch.arange(items_count), SupConLoss(temperature=temperature))
+    reference = SelfSupervisedLoss(NTXentLoss(temperature=temperature))(theirs[:items_count], theirs[items_count:])
+    loss.backward()
+    reference.backward()
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-9)
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_other_colours_of_a_product_are_no_negatives():
+    """Items 0 and 1 are one product and lie on the same spot; only item 2 may push them."""
+    views = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).repeat(2, 1), dim=-1)
+    loss = nt_xent(views, torch.tensor([0, 0, 1]), SupConLoss(temperature=0.5))
+    expected = [math.log(math.e**2 + 2) - 2] * 2 + [math.log(math.e**2 + 4) - 2]
+    assert loss.item() == pytest.approx(sum(expected) / 3, rel=1e-5)
+
+
+def test_alignment_and_uniformity_of_known_points():
+    points = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    alignment, uniformity = alignment_uniformity(points, points.flip(0))
+    assert alignment == pytest.approx(4.0)
+    assert uniformity == pytest.approx(-8.0)
+
+
+# ---------------------------------------------------------------------------------------------------------- user tower
+USER = UserTowerConfig(
+    items=4,
+    item_width=5,
+    popularity_width=3,
+    profile_width=4,
+    text_width=TEXT,
+    collaborative=2,
+    width=16,
+    heads=2,
+    history=6,
+)
+
+
+def user_tower(config: UserTowerConfig = USER) -> UserTower:
+    torch.manual_seed(0)
+    tower = UserTower(config).eval()
+    torch.nn.init.normal_(tower.collaborative.weight)
+    return tower
+
+
+def shoppers(lists: int = 2, length: int = 3) -> UserBatch:
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return UserBatch(
+        F.normalize(random(lists, length, 5), dim=-1), random(lists, length, 2), torch.ones(lists, length, dtype=torch.int64),
+        random(lists, length).abs(), torch.ones(lists, length, dtype=torch.bool), F.normalize(random(lists, TEXT), dim=-1),
+        torch.cat([random(lists, 2), torch.zeros(lists, 2)], dim=1),
+    )  # fmt: skip
+
+
+NOBODY = UserBatch(
+    torch.zeros(1, 1, 5), torch.zeros(1, 1, 2), torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1),
+    torch.zeros(1, 1, dtype=torch.bool), torch.zeros(1, TEXT), torch.tensor([[0.0, 0.0, 1.0, 1.0]]),
+)  # fmt: skip
+
+
+def test_the_query_is_as_wide_as_an_index_row():
+    tower = user_tower()
+    assert tower(shoppers()).shape == (2, USER.row_width) == (2, 10)
+    rows = tower.item_rows(torch.arange(4), torch.zeros(4, 5), torch.zeros(4, 3))
+    assert rows.shape == (4, USER.row_width)
+
+
+def test_somebody_of_whom_nothing_is_known_gets_a_finite_query():
+    assert torch.isfinite(user_tower()(NOBODY)).all()
+
+
+@pytest.mark.parametrize("part", ["history", "collaborative", "kind", "age", "context", "profile"])
+def test_each_input_moves_the_query(part):
+    tower, batch = user_tower(), shoppers()
+    value = getattr(batch, part)
+    changed = replace(batch, **{part: value + 1})
+    assert not torch.allclose(tower(batch), tower(changed), atol=1e-4)
+
+
+def test_what_is_masked_does_not_move_the_query():
+    tower, batch = user_tower(), shoppers(1, 3)
+    hidden = replace(batch, history_mask=torch.tensor([[False, True, True]]))
+    junk = replace(hidden, history=torch.cat([torch.full((1, 1, 5), 9.0), batch.history[:, 1:]], dim=1))
+    torch.testing.assert_close(tower(hidden), tower(junk))
+
+
+def test_padding_on_the_right_does_not_move_the_query():
+    tower, batch = user_tower(), shoppers(1, 3)
+    padded = UserBatch(
+        F.pad(batch.history, (0, 0, 0, 2)), F.pad(batch.collaborative, (0, 0, 0, 2)), F.pad(batch.kind, (0, 2)),
+        F.pad(batch.age, (0, 2)), F.pad(batch.history_mask, (0, 2)), batch.context, batch.profile,
+    )  # fmt: skip
+    torch.testing.assert_close(tower(batch), tower(padded))
+
+
+def test_the_order_of_the_history_matters():
+    tower, batch = user_tower(), shoppers(1, 3)
+    assert not torch.allclose(tower(batch), tower(replace(batch, history=batch.history.flip(1))), atol=1e-4)
+
+
+def test_an_item_without_events_has_no_collaborative_coordinates():
+    popularity = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    rows = user_tower().item_rows(torch.arange(2), torch.zeros(2, 5), popularity)
+    assert rows[0, -2:].abs().sum() > 0
+    assert rows[1, -2:].abs().sum() == 0
+
+
+def test_collaborative_coordinates_can_be_switched_off():
+    tower = user_tower(replace(USER, collaborative=0))
+    assert tower(shoppers()).shape == (2, 8)
+    assert tower.item_rows(torch.arange(4), torch.zeros(4, 5), torch.zeros(4, 3)).shape == (4, 8)
+
+
+def test_realign_follows_items_and_gives_new_ones_zero():
+    tower = user_tower()
+    old = tower.collaborative.weight.clone()
+    tower.realign([2, -1, 0])
+    torch.testing.assert_close(tower.collaborative.weight, torch.stack([old[2], torch.zeros(2), old[0]]))
+
+
+def test_forget_hides_all_three_or_none():
+    tower, batch = user_tower(), shoppers()
+    everything = tower.forget(batch, rate=1.0)
+    assert not everything.history_mask.any()
+    assert everything.context.abs().sum() == 0
+    assert everything.profile.tolist() == [[0.0, 0.0, 1.0, 1.0]] * 2
+    torch.testing.assert_close(tower(everything)[0], tower(NOBODY)[0])
+    torch.testing.assert_close(tower(tower.forget(batch, rate=0.0)), tower(batch))
+
+
+# ------------------------------------------------------------------------------------------------------------ reranker
+RERANKER = RerankerConfig(
+    std_rows=12, re_rows=9, std_slots={"category": 1, "colour": 3}, re_slots=4, history_ids=5, user_dense=["height", "weight"],
+    item_dense=["retrieval", "price"], embedding_dim=8, hidden=(16, 8),
+)  # fmt: skip
+
+
+def candidates(seed: int = 0, lists: int = 3, count: int = 7) -> RerankBatch:
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(rows: int, *shape: int) -> torch.Tensor:
+        return torch.randint(0, rows, shape, generator=generator)
+
+    return RerankBatch(
+        ids(12, lists, 5), ids(9, lists, 5), torch.randn(lists, 2, generator=generator), ids(12, lists, count, 4),
+        ids(9, lists, count, 4), torch.randn(lists, count, 2, generator=generator),
+    )  # fmt: skip
+
+
+def deepfm():
+    torch.manual_seed(0)
+    model = build_deepfm(RERANKER)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 9))
+def test_the_fused_forward_equals_deepctr(seed, lists, count):
+    model, batch = deepfm(), candidates(seed, lists, count)
+    expected = model(deepfm_input(batch)).view(lists, count)
+    torch.testing.assert_close(FusedDeepFM(model, RERANKER)(batch), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_fused_forward_survives_empty_lists_of_values():
+    batch = candidates()
+    empty = replace(
+        batch,
+        user_std=batch.user_std * 0,
+        user_re=batch.user_re * 0,
+        item_std=batch.item_std * 0,
+        item_re=batch.item_re * 0,
+    )
+    model = deepfm()
+    expected = model(deepfm_input(empty)).view(3, 7)
+    assert torch.isfinite(expected).all()
+    torch.testing.assert_close(FusedDeepFM(model, RERANKER)(empty), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_transferred_tables_hold_the_towers_rows_are_shared_and_still_learn():
+    torch.manual_seed(1)
+    std, re = torch.randn(12, 8) * 4, torch.randn(9, 8) * 4
+    model = build_deepfm(RERANKER)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    transfer(model, std, re)
+    weight = model.embedding_dict[STD_TABLE].weight
+    torch.testing.assert_close(weight[1:], F.normalize(std, dim=-1)[1:])
+    torch.testing.assert_close(model.embedding_dict[RE_TABLE].weight[1:], F.normalize(re, dim=-1)[1:])
+    assert weight[0].abs().sum() == 0
+    # One table serves the item's fields and the shopper's history: a step on either moves the same rows.
+    assert len(model.embedding_dict) == 2
+    before = weight.detach().clone()
+    batch = candidates()
+    only_user = replace(batch, item_std=batch.item_std * 0)
+    model(deepfm_input(only_user)).sum().backward()
+    optimizer.step()
+    touched = only_user.user_std.unique()
+    touched = touched[touched > 0]
+    assert (model.embedding_dict[STD_TABLE].weight[touched] != before[touched]).any(1).all()
+
+
+@pytest.mark.parametrize("table", [torch.zeros(3, 8), torch.full((12, 8), float("nan"))])
+def test_a_table_that_does_not_fit_is_refused(table):
+    with pytest.raises(ValueError, match="STD_table"):
+        transfer(build_deepfm(RERANKER), table, torch.zeros(9, 8))
+
+
+def test_before_training_the_order_is_retrievals_own():
+    model = build_deepfm(RERANKER).eval()
+    start_from_retrieval(model, RERANKER, "retrieval")
+    batch = candidates()
+    order = model(deepfm_input(batch)).view(3, 7).argsort(dim=1)
+    assert torch.equal(order, batch.item_dense[:, :, 0].argsort(dim=1))
+
+
+def test_ids_beyond_what_float32_counts_are_refused_at_build():
+    with pytest.raises(ValueError, match="16777216"):
+        build_deepfm(replace(RERANKER, re_rows=2**24 + 1))
+
+
+def test_new_words_score_like_a_unit_row_without_first_order_weight():
+    model, batch = deepfm(), candidates()
+    fused = FusedDeepFM(model, RERANKER)
+    fused.grow(torch.randn(2, 8))
+    assert fused.re_table.shape == (11, 9)
+    scores = fused(replace(batch, item_re=torch.full_like(batch.item_re, 10)))
+    assert np.isfinite(scores.numpy()).all()
+    torch.testing.assert_close(fused.re_table[9:, :8].norm(dim=1), torch.ones(2))

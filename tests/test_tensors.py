@@ -1,0 +1,193 @@
+"""Products, histories and profiles as tensors, on data small enough to know every number."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from catalog import FeatureSchema, Product
+from store import EventLog
+from tensors import (
+    DAY,
+    Histories,
+    ItemLayout,
+    Popularity,
+    PriceScale,
+    ProfileScaler,
+    distinct,
+    item_features,
+    most_common_ids,
+    re_row,
+    std_row,
+)
+from text_encoder import Ragged
+from vocab import ReVocab, StdVocab
+
+SCHEMA = FeatureSchema(std={"category": ["shirt", "dress"], "colour": ["white", "navy", "red"]}, re=["fit", "material"])
+SHIRT = Product(product_id="s", title="linen shirt", std={"category": ["shirt"], "colour": ["navy", "red"]}, re={"material": ["linen"]})  # fmt: skip
+DRESS = Product(product_id="d", title="", std={"category": ["dress"]}, re={})
+
+
+def vocabularies() -> tuple[StdVocab, ReVocab]:
+    std, re = StdVocab(SCHEMA), ReVocab(SCHEMA.re)
+    re.grow_from([SHIRT, DRESS])
+    return std, re
+
+
+def log(events: list[tuple[str, str, str, float]]) -> EventLog:
+    """An event log from (user, product, kind, day)."""
+    events = sorted(events, key=lambda event: (event[3], event[0], event[1]))
+    columns = [sorted({event[column] for event in events}) for column in range(3)]
+    numbers = [
+        np.array([columns[column].index(event[column]) for event in events], dtype=np.int32) for column in range(3)
+    ]
+    at = np.array([event[3] * DAY for event in events])
+    return EventLog(columns[0], columns[1], columns[2], [""], *numbers[:2], numbers[2].astype(np.int8), at, np.zeros(len(events), dtype=np.int32))  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------- items
+def test_a_row_has_a_slot_for_every_field_and_zeros_where_nothing_is():
+    std, re = vocabularies()
+    layout = ItemLayout.fit([SHIRT, DRESS], std)
+    assert layout.std_slots == {"category": 1, "colour": 2}
+    assert std_row(SHIRT, std, layout) == [
+        std.id("category", "shirt"),
+        std.id("colour", "navy"),
+        std.id("colour", "red"),
+    ]
+    assert std_row(DRESS, std, layout) == [std.id("category", "dress"), 0, 0]
+    assert re_row(DRESS, re, layout) == [0]
+
+
+def test_a_batch_drops_padding_columns_and_masks_missing_tokens():
+    std, re = vocabularies()
+    layout = ItemLayout.fit([SHIRT, DRESS], std)
+    titles = Ragged(np.arange(8, dtype=np.float16).reshape(4, 2), np.array([0, 3, 3]))
+    features = item_features([SHIRT, DRESS, DRESS], std, re, layout, titles, np.array([0, 1, 1]))
+    batch = features.batch(np.array([1, 0]))
+    assert batch.std.shape == (2, 3)
+    assert batch.tokens.shape == (2, 3, 2)
+    assert batch.token_mask.tolist() == [[False] * 3, [True] * 3]
+    assert batch.tokens[1].tolist() == [[0, 1], [2, 3], [4, 5]]
+    alone = features.batch(np.array([1]))
+    assert alone.std.shape == (1, 1)
+    assert alone.token_mask.tolist() == [[False]]
+
+
+@given(st.lists(st.text(max_size=3), max_size=12))
+def test_distinct_gives_each_text_its_row(texts):
+    unique, rows = distinct(texts)
+    assert [unique[row] for row in rows] == texts
+    assert len(set(unique)) == len(unique)
+
+
+# ------------------------------------------------------------------------------------------------------------ profiles
+def test_z_scores_use_training_statistics_and_flag_what_is_missing():
+    scaler = ProfileScaler.fit([{"height_cm": 160.0, "weight_kg": 50.0}, {"height_cm": 180.0, "weight_kg": 70.0}])
+    assert scaler.fields == ["height_cm", "weight_kg"]
+    rows = scaler.transform([{"height_cm": 180.0}, {}, {"height_cm": 9999.0, "shoe": 42.0}])
+    assert rows.tolist() == [[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0], [4.0, 0.0, 0.0, 1.0]]
+
+
+def test_a_constant_field_says_nothing_and_divides_by_nothing():
+    scaler = ProfileScaler.fit([{"age": 30.0}, {"age": 30.0}])
+    assert scaler.transform([{"age": 30.0}]).tolist() == [[0.0, 0.0]]
+
+
+@given(st.lists(st.dictionaries(st.sampled_from(["a", "b"]), st.floats(-1e6, 1e6)), max_size=6))
+def test_scaled_profiles_are_always_finite(profiles):
+    rows = ProfileScaler.fit(profiles).transform(profiles)
+    assert rows.shape[0] == len(profiles)
+    assert np.isfinite(rows).all()
+
+
+# ---------------------------------------------------------------------------------------------------------- popularity
+def test_counts_are_of_the_window_before_the_moment():
+    item = np.array([0, 0, 0, 1])
+    at = np.array([0.0, 5.0, 9.0, 9.0]) * DAY
+    popularity = Popularity.fit(item, at, np.full(3, np.nan), [2.0, 100.0])
+    assert popularity.counts(np.arange(3), 10 * DAY, 2.0).tolist() == [1, 1, 0]
+    assert popularity.counts(np.arange(3), 10 * DAY, 100.0).tolist() == [3, 1, 0]
+    assert popularity.counts(np.arange(3), 9 * DAY, 100.0).tolist() == [2, 0, 0]  # the moment itself is not past
+    assert popularity.counts(np.arange(3), -50 * DAY, 1.0).tolist() == [0, 0, 0]
+    assert popularity.counts(np.arange(3), 9999 * DAY, 1.0).tolist() == [0, 0, 0]
+
+
+def test_the_last_coordinate_says_that_nothing_happened_yet():
+    popularity = Popularity.fit(np.array([0]), np.array([5.0 * DAY]), np.array([np.nan, 4 * DAY]), [7.0])
+    assert popularity.coordinates(np.arange(2), 5 * DAY)[:, -1].tolist() == [1.0, 1.0]
+    later = popularity.coordinates(np.arange(2), 6 * DAY)
+    assert later[:, -1].tolist() == [0.0, 1.0]
+    assert later[1, 1] == pytest.approx(np.log1p(2.0) / 6.0)  # the known arrival, two days ago
+
+
+@given(
+    hnp.arrays(np.int64, st.integers(0, 30), elements=st.integers(0, 4)),
+    st.data(),
+    st.floats(-3, 40),
+    st.floats(0.1, 20),
+)
+def test_counts_equal_plain_counting(item, data, as_of, days):
+    at = np.array(data.draw(st.lists(st.integers(0, 30), min_size=len(item), max_size=len(item)))) * DAY
+    popularity = Popularity.fit(item, at, np.full(5, np.nan), [days])
+    inside = (at < as_of * DAY) & (at >= (as_of - days) * DAY)
+    assert (
+        popularity.counts(np.arange(5), as_of * DAY, days).tolist() == np.bincount(item[inside], minlength=5).tolist()
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- histories
+EVENTS = [
+    ("u", "a", "view", 1),
+    ("u", "b", "view", 2),
+    ("u", "c", "purchase", 2),
+    ("u", "a", "purchase", 3),
+    ("v", "a", "view", 1),
+]
+
+
+def test_history_is_what_came_strictly_before():
+    histories = Histories.build(log(EVENTS), ["a", "b", "c"])
+    assert histories.item.tolist() == [0, 1, 2, 0, 0]
+    index = histories.before(np.array([0, 1, 2, 3]), length=10)
+    assert index.mask.sum(1).tolist() == [0, 1, 1, 3]  # b and c share a day: neither is history of the other
+
+
+def test_a_basket_stands_in_each_others_history_without_the_item_itself():
+    histories = Histories.build(log(EVENTS), ["a", "b", "c"])
+    index = histories.before(np.array([1, 2]), length=10, with_basket=True)
+    seen = [histories.item[row][mask].tolist() for row, mask in zip(index.index, index.mask, strict=True)]
+    assert seen == [[0, 2], [0, 1]]
+
+
+def test_histories_keep_the_latest_events():
+    histories = Histories.build(log([("u", f"p{n}", "view", n) for n in range(6)]), [f"p{n}" for n in range(6)])
+    index = histories.before(np.array([5]), length=3)
+    assert histories.item[index.index[0]].tolist() == [2, 3, 4]
+
+
+def test_first_meetings_and_the_strongest_kind():
+    histories = Histories.build(log(EVENTS), ["a", "b", "c"])
+    assert histories.first_meeting.tolist() == [True, True, True, False, True]
+    assert histories.weight.tolist() == [4.0, 1.0, 4.0, 4.0, 1.0]
+
+
+def test_events_on_products_without_features_are_left_out():
+    histories = Histories.build(log(EVENTS), ["b"])
+    assert histories.item.tolist() == [0]
+    assert histories.starts.tolist() == [0, 1, 1]
+
+
+# ----------------------------------------------------------------------------------------------------------- reranking
+def test_most_common_ids_by_count_then_id():
+    assert most_common_ids(np.array([0, 5, 4, 5, 0, 9]), 4).tolist() == [5, 4, 9, 0]
+    assert most_common_ids(np.zeros(0, dtype=np.int64), 2).tolist() == [0, 0]
+
+
+def test_an_unknown_price_is_the_centre():
+    prices = PriceScale.fit(np.array([10.0, 20.0, np.nan]))
+    assert prices.transform(np.array([np.nan]))[0] == 0.0
+    assert prices.transform(np.array([10.0]))[0] == pytest.approx(-1.0)

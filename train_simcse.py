@@ -1,0 +1,178 @@
+"""Stage 1: train the item tower by SimCSE and write encoder_stage1.pth, vocabularies and schema into a release.
+
+    python train_simcse.py                 # a new release, named by the time
+    python train_simcse.py --epochs 3 --batch-size 512 --temperature 0.05
+
+Loss: NT-Xent over in-batch negatives (pytorch-metric-learning), in the form whose memory is quadratic, not cubic, in the batch:
+with one positive for each anchor, SupConLoss over both views is the same value and gradient as NTXentLoss.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed
+from pydantic import Field
+from pytorch_metric_learning.losses import SupConLoss
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
+
+from model_simcse import ItemTower, ItemTowerConfig
+from release import ENCODER, Release, catalogue_features
+from settings import UserError, run_script
+from store import Store
+from tensors import ItemFeatures, ItemLayout
+from text_encoder import TextEncoder
+from training import TrainOptions, finish, fit, shuffled_batches
+from vocab import ReVocab, StdVocab
+
+STAGE = "simcse"
+VALIDATION_SHARE = 0.05
+MAX_VALIDATION = 2000  # items in the retrieval check of each epoch
+RETRIEVED = 10
+
+
+class SimcseOptions(TrainOptions):
+    epochs: int = Field(10, ge=1, le=10_000, description="passes over the catalogue at most")
+    batch_size: int = Field(512, ge=4, le=65_536, description="items a step; every other item is a negative")
+    temperature: float = Field(0.05, ge=0.02, le=1.0, description="of NT-Xent; below 0.02 float32 gradients vanish")
+    std_dropout: float = Field(0.2, ge=0, lt=1, description="share of STD values masked in a view")
+    re_dropout: float = Field(0.3, ge=0, lt=1, description="share of RE values dropped in a view")
+    token_masking: float = Field(0.3, ge=0, lt=1, description="share of title tokens masked in a view")
+    re_text_share: float = Field(0.2, ge=0, lt=1, description="share of RE values read from their text, not the table")
+    min_count: int = Field(2, ge=1, description="products that must carry an RE value before it gets a trained row")
+    embedding_dim: int = Field(64, ge=4, le=1024, description="of one STD or RE value, shared with the reranker")
+    output: int = Field(128, ge=8, le=1024, description="dimensions of an item vector")
+
+
+def nt_xent(views: Tensor, groups: Tensor, loss: SupConLoss) -> Tensor:
+    """NT-Xent of 2B embeddings: rows i and B + i are two views of one item (Chen et al., ICML 2020).
+
+    groups: int [B]; items of one group (the same product in other colours) are not each other's negatives. With a group for
+    each item this equals pytorch-metric-learning's NTXentLoss.
+    """
+    item = torch.arange(len(groups), device=views.device).repeat(2)
+    group = groups.repeat(2)
+    same_item = item[:, None] == item[None, :]
+    positives = same_item & ~torch.eye(len(views), dtype=torch.bool, device=views.device)
+    negatives = group[:, None] != group[None, :]
+    return loss(views, indices_tuple=(*positives.nonzero(as_tuple=True), *negatives.nonzero(as_tuple=True)))
+
+
+def gather_views(views: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """All processes' views and groups, with gradients to each: negatives come from the whole batch."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return views, groups
+    first, second = views.chunk(2)
+    every_group = [torch.empty_like(groups) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(every_group, groups)
+    return torch.cat([*all_gather(first.contiguous()), *all_gather(second.contiguous())]), torch.cat(every_group)
+
+
+@torch.no_grad()
+def alignment_uniformity(first: Tensor, second: Tensor) -> tuple[float, float]:
+    """Alignment and uniformity of unit vectors [B, D] (Wang and Isola, ICML 2020); lower is better for both."""
+    alignment = (first - second).pow(2).sum(-1).mean()
+    uniformity = torch.pdist(first).pow(2).mul(-2).exp().mean().log()
+    return alignment.item(), uniformity.item()
+
+
+def validate(tower: ItemTower, features: ItemFeatures, rows: np.ndarray, options: SimcseOptions) -> dict[str, float]:
+    """Can half of an item find the whole? Each item's augmented view ranks the unaugmented vectors of all `rows`."""
+    with torch.random.fork_rng(devices=[]):  # validation must not move the training's random numbers
+        torch.manual_seed(options.seed)
+        batch = features.batch(rows).to(next(tower.parameters()).device)
+        whole = tower(batch)
+        views = [
+            tower(tower.augment(batch, options.std_dropout, options.re_dropout, options.token_masking))
+            for _ in range(2)
+        ]
+    similarity = views[0] @ whole.T
+    rank = (similarity > similarity.diagonal().unsqueeze(1)).sum(1)
+    alignment, uniformity = alignment_uniformity(*views)
+    return {
+        f"recall@{RETRIEVED}": (rank < RETRIEVED).float().mean().item(),
+        "recall@1": (rank < 1).float().mean().item(),
+        "alignment": alignment,
+        "uniformity": uniformity,
+    }
+
+
+def main(options: SimcseOptions) -> None:
+    text_encoder = TextEncoder.load(options)
+    with Store.open(options) as store:
+        schema = store.schema()
+        products = store.products.read_features()
+        commerce = store.products.read_commerce()
+    if len(products) < 2:
+        raise UserError("fewer than two products have features; run import_data.py and extract_features.py first")
+    release = _release(options)
+    std_vocab, re_vocab = StdVocab(schema), ReVocab(schema.re)
+    re_vocab.grow_from(products, options.min_count)
+    layout = ItemLayout.fit(products, std_vocab)
+    release.save_vocabularies(schema, std_vocab, re_vocab)
+
+    features = catalogue_features(products, std_vocab, re_vocab, layout, text_encoder)
+    re_text = torch.from_numpy(text_encoder.cached_pooled([value for _, value in re_vocab.words]))
+    group_of = dict(zip(commerce.product_ids, commerce.group_id, strict=True))
+    names = [group_of.get(product.product_id) or f"\x00{product.product_id}" for product in products]
+    groups = torch.from_numpy(np.unique(names, return_inverse=True)[1])
+
+    torch.manual_seed(options.seed)
+    config = ItemTowerConfig(
+        std_vocab.fields,
+        re_vocab.fields,
+        text_encoder.width,
+        embedding_dim=options.embedding_dim,
+        output=options.output,
+    )
+    tower = ItemTower(config)
+    shuffled = np.random.default_rng(options.seed).permutation(len(products))
+    held_out = max(2, min(MAX_VALIDATION, round(VALIDATION_SHARE * len(products))))
+    # A catalogue too small to spare items is judged on the items it learns from: the metric is then only a sanity check.
+    train_rows = shuffled[held_out:] if len(products) >= 10 * held_out else shuffled
+    contrastive = SupConLoss(temperature=options.temperature)
+
+    def loss(model: nn.Module, rows: np.ndarray) -> Tensor:
+        batch = features.batch(rows).to(tower.masked_token.device)
+        rates = (options.std_dropout, options.re_dropout, options.token_masking)
+        # One forward for both views: a wrapped model in several processes allows no second one before backward.
+        views = model(
+            tower.augment(batch.repeated(2), *rates), re_text.to(tower.masked_token.device), options.re_text_share
+        )
+        return nt_xent(*gather_views(views, groups[rows].to(views.device)), contrastive)
+
+    report = fit(
+        tower,
+        lambda epoch: shuffled_batches(train_rows, options.batch_size, options.seed, epoch),
+        loss,
+        lambda model: validate(tower, features, shuffled[:held_out], options),
+        f"recall@{RETRIEVED}",
+        options,
+        release.folder,
+        STAGE,
+    )
+    release.save_weights(ENCODER, tower)
+    release.record(
+        "item_tower",
+        config=config,
+        layout=layout,
+        text_encoder={"name": text_encoder.name, "fingerprint": text_encoder.fingerprint},
+        report=report,
+        options=options.model_dump(mode="json", exclude={"database_url"}),
+    )
+    finish(release.folder, STAGE)
+    print(f"release {release.name}: {ENCODER}, {report.metric} {report.best:.4f} after {report.seconds:.0f} s")
+
+
+def _release(options: SimcseOptions) -> Release:
+    """The release asked for; else the newest if its encoder was interrupted; else a new one."""
+    if not options.release and not options.fresh:
+        names = Release.names(options.models_dir)
+        if names and "item_tower" not in Release(options.models_dir / names[-1]).manifest:
+            return Release(options.models_dir / names[-1])
+    return Release.create(options.models_dir, options.release)
+
+
+if __name__ == "__main__":
+    run_script(SimcseOptions, main)

@@ -1,0 +1,284 @@
+"""Stage 2: train the user tower against the frozen item tower and write user_tower.pth into the release.
+
+    python train_user.py                       # works on the newest release
+
+Two fits. The first holds out the newest events: they choose the number of epochs, and the reranker later learns from them with this
+tower, which never saw them. The second learns from everything for as many epochs; it is the one that serves.
+
+Loss: sampled softmax with logQ correction over in-batch targets and negatives, half of them uniform and half hard: drawn from what
+the tower itself ranks high, with that proposal's probability in the correction. A catalogue of at most `negatives` items gets
+the full softmax.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from model_user import UserTower, UserTowerConfig
+from release import USER_TOWER, USER_TOWER_HOLDOUT, ItemEncoder, Release
+from settings import UserError, run_script
+from shop_data import Requests, ShopData
+from store import Store
+from tensors import DAY, HistoryIndex, UserBatch
+from text_encoder import TextEncoder
+from training import TrainOptions, finish, fit
+
+STAGE = "user"
+RETRIEVED = 100
+SCORE_BATCH = 256  # requests scored against the whole catalogue at once
+MINING_REQUESTS = 1024  # that hard negatives are mined from, each epoch
+MINED = 50  # top items of each
+
+
+class UserOptions(TrainOptions):
+    epochs: int = Field(12, ge=1, le=10_000, description="passes over the events at most")
+    weight_decay: float = Field(0.05, ge=0, le=1, description="of AdamW; collaborative coordinates need much")
+    negatives: int = Field(8192, ge=16, description="items a step that everybody's target competes with")
+    hard_share: float = Field(
+        0.5, ge=0, lt=1, description="share of the negatives drawn from what the tower ranks high"
+    )
+    history: int = Field(50, ge=1, le=500, description="events of a shopper that are read, the latest ones")
+    baskets: bool = Field(True, description="let events of the same instant stand in each other's history")
+    forget: float = Field(0.1, ge=0, lt=1, description="share of shoppers whose history, context or body is hidden")
+    collaborative: int = Field(32, ge=0, le=512, description="collaborative coordinates of an item; 0 for none")
+    layers: int = Field(1, ge=1, le=12, description="transformer layers over the history")
+    train_days: float = Field(540.0, gt=0, description="days of events before the newest that are learned from")
+    validation_share: float = Field(0.1, gt=0, lt=0.9, description="share of events, the newest, held out first")
+    validation_requests: int = Field(2000, ge=1, description="held-out requests scored after each epoch, at most")
+    popularity_days: list[float] = Field([1.0, 7.0, 30.0, 90.0, 365.0], description="trailing windows of popularity")
+    refit: bool = Field(True, description="learn from the held-out events too before serving")
+
+
+class SampledSoftmax:
+    """Batches and loss of the user tower over events in [shop's start, end)."""
+
+    def __init__(self, shop: ShopData, tower: UserTower, options: UserOptions, start: float, end: float) -> None:
+        self.shop, self.tower, self.options = shop, tower, options
+        self.targets = shop.targets(max(start, end - options.train_days * DAY), end)
+        if len(self.targets) < 2:
+            raise UserError(
+                f"only {len(self.targets)} events to learn from before {np.datetime64(int(end), 's')} UTC; "
+                "import more events, or lower --validation-share"
+            )
+        self.profiles = shop.profile_scaler(end).transform(shop.profiles)
+        self.vectors = torch.from_numpy(shop.vectors)
+        self.day = (shop.histories.at[self.targets] // DAY).astype(np.int64)
+        count = len(shop.items)
+        self.target_share = np.bincount(shop.histories.item[self.targets], minlength=count) / len(self.targets)
+        self.hard_share_of = np.full(count, 1.0 / count)
+        self._popularity: dict[float, Tensor] = {}
+
+    def batches(self, epoch: int) -> list[np.ndarray]:
+        """Batches of events of one day each, so that one popularity table serves a batch."""
+        random = np.random.default_rng([self.options.seed, epoch])
+        order = random.permutation(len(self.targets))
+        order = order[np.argsort(self.day[order], kind="stable")]
+        batches: list[np.ndarray] = []
+        size = self.options.batch_size
+        for rows in np.split(order, np.flatnonzero(np.diff(self.day[order])) + 1):
+            batches += [self.targets[rows[i : i + size]] for i in range(0, len(rows), size)]
+        random.shuffle(batches)
+        if epoch > 0 and self.options.hard_share > 0 and len(self.shop.items) > self.options.negatives:
+            self._mine(random)
+        return [batch for batch in batches if len(batch) > 1]
+
+    def popularity(self, as_of: float) -> Tensor:
+        """Popularity coordinates of the whole catalogue: float32 [N, P]; one day's table is kept at a time."""
+        if as_of not in self._popularity:
+            self._popularity = {
+                as_of: torch.from_numpy(self.shop.popularity.coordinates(np.arange(len(self.shop.items)), as_of))
+            }
+        return self._popularity[as_of]
+
+    def loss(self, model: nn.Module, rows: np.ndarray) -> Tensor:
+        shop, histories, options = self.shop, self.shop.histories, self.options
+        as_of = float(histories.at[rows].min() // DAY * DAY)
+        popularity = self.popularity(as_of)
+        index = histories.before(rows, options.history, options.baskets)
+        query = model(self.tower.forget(self._user_batch(index, rows, popularity), options.forget))  # (B, D)
+
+        items = histories.item[rows]
+        candidates, log_q = self._candidates(items)
+        numbers = torch.from_numpy(candidates)
+        keys = self.tower.item_rows(numbers, self.vectors[numbers], popularity[numbers])  # (C, D)
+        logits = query @ keys.T - log_q  # (B, C)
+        # What the shopper already met is not offered again, so it is no competitor either.
+        column_of = np.full(len(shop.items), -1)
+        column_of[candidates] = np.arange(len(candidates))
+        met = np.where(index.mask, column_of[histories.item[index.index]], -1)
+        row, column = np.nonzero(met >= 0)
+        logits[torch.from_numpy(row), torch.from_numpy(met[row, column])] = -torch.inf
+        target = torch.from_numpy(column_of[items])
+        weight = torch.from_numpy(histories.weight[rows])
+        # The target may stand in the basket history of the same instant under another kind: it stays a target.
+        logits[torch.arange(len(rows)), target] = torch.einsum("bd,bd->b", query, keys[target]) - log_q[target]
+        return (F.cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
+
+    def _user_batch(self, index: HistoryIndex, rows: np.ndarray, popularity: Tensor) -> UserBatch:
+        histories = self.shop.histories
+        return self.shop.user_batch(
+            self.tower,
+            index,
+            histories.user[rows],
+            histories.context[rows],
+            histories.at[rows],
+            self.profiles,
+            popularity,
+        )
+
+    def _candidates(self, targets: np.ndarray) -> tuple[np.ndarray, Tensor]:
+        """Distinct catalogue rows [C] that compete, and the log of how often each was expected to be drawn."""
+        count, drawn = len(self.shop.items), self.options.negatives
+        if count <= drawn:
+            return np.arange(count), torch.zeros(count)
+        # torch's generator, since a resumed run restores it.
+        hard = int(drawn * self.options.hard_share)
+        uniform = torch.randint(count, (drawn - hard,)).numpy()
+        mined = (
+            torch.multinomial(torch.from_numpy(self.hard_share_of), hard, replacement=True).numpy()
+            if hard
+            else uniform[:0]
+        )
+        candidates = np.unique(np.concatenate([targets, uniform, mined]))
+        expected = (
+            len(targets) * self.target_share[candidates]
+            + (drawn - hard) / count
+            + hard * self.hard_share_of[candidates]
+        )
+        return candidates, torch.from_numpy(np.log(expected)).float()
+
+    @torch.no_grad()
+    def _mine(self, random: np.random.Generator) -> None:
+        """What the tower ranks high now becomes what negatives are drawn from."""
+        rows = random.choice(self.targets, size=min(MINING_REQUESTS, len(self.targets)), replace=False)
+        histories = self.shop.histories
+        as_of = float(histories.at[self.targets].max() // DAY * DAY)
+        popularity = self.popularity(as_of)
+        training = self.tower.training
+        self.tower.eval()
+        keys = item_keys(self.tower, self.vectors, popularity)
+        counts = np.zeros(len(self.shop.items))
+        for start in range(0, len(rows), SCORE_BATCH):
+            part = rows[start : start + SCORE_BATCH]
+            index = histories.before(part, self.options.history)
+            query = self.tower(self._user_batch(index, part, popularity))
+            np.add.at(counts, (query @ keys.T).topk(min(MINED, len(keys))).indices.numpy().ravel(), 1)
+        self.tower.train(training)
+        self.hard_share_of = counts / counts.sum()
+
+
+def item_keys(tower: UserTower, vectors: Tensor, popularity: Tensor) -> Tensor:
+    """Index rows of the whole catalogue: float32 [N, row_width]."""
+    return tower.item_rows(torch.arange(len(vectors)), vectors, popularity)
+
+
+@torch.no_grad()
+def retrieve(
+    tower: UserTower, shop: ShopData, requests: Requests, profiles: np.ndarray, history: int, count: int,
+    progress: str = "",
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """The best `count` catalogue rows for each request by exact search, without what the shopper met before.
+
+    Returns rows int64 [B, count], scores float32 [B, count], queries float32 [B, D].
+    """
+    popularity = torch.from_numpy(shop.popularity.coordinates(np.arange(len(shop.items)), requests.as_of))
+    keys = item_keys(tower, torch.from_numpy(shop.vectors), popularity)
+    count = min(count, len(keys))
+    rows, scores, queries = [], [], []
+    starts = range(0, len(requests), SCORE_BATCH)
+    for start in tqdm(starts, desc=progress, unit="batch", disable=not progress, leave=False):
+        part = requests.take(np.arange(start, min(start + SCORE_BATCH, len(requests))))
+        index = shop.history_as_of(part.users, part.as_of, history)
+        now = np.full(len(part), part.as_of)
+        query = tower(shop.user_batch(tower, index, part.users, part.contexts, now, profiles, popularity))
+        logits = query @ keys.T
+        for row, user in enumerate(part.users):
+            logits[row, torch.from_numpy(shop.seen(user, part.as_of).astype(np.int64))] = -torch.inf
+        top = logits.topk(count)
+        rows.append(top.indices.numpy())
+        scores.append(top.values.numpy())
+        queries.append(query.numpy())
+    return np.concatenate(rows), np.concatenate(scores), np.concatenate(queries)
+
+
+def recall(rows: np.ndarray, answers: list[np.ndarray], count: int) -> float:
+    """The share of all answers found among the first `count` rows of their request."""
+    hits = sum(np.isin(answer, row[:count]).sum() for row, answer in zip(rows, answers, strict=True))
+    return float(hits) / max(1, sum(len(answer) for answer in answers))
+
+
+def main(options: UserOptions) -> None:
+    release = Release.open(options.models_dir, options.release)
+    encoder = ItemEncoder(release, TextEncoder.load(options))
+    with Store.open(options) as store:
+        shop = ShopData.load(store, encoder, options.popularity_days)
+    split = shop.validation_start(options.validation_share)
+    scaler = shop.profile_scaler(split)
+    config = UserTowerConfig(
+        items=len(shop.items), item_width=shop.vectors.shape[1], popularity_width=shop.popularity.width,
+        profile_width=scaler.width, text_width=shop.context_vectors.shape[1], collaborative=options.collaborative,
+        layers=options.layers, history=options.history,
+    )  # fmt: skip
+
+    profiles = scaler.transform(shop.profiles)
+    held_out = shop.requests(split, shop.now, split)
+    if not len(held_out):
+        raise UserError("no shopper meets anything new in the held-out days; raise --validation-share")
+    chosen = np.random.default_rng(options.seed).permutation(len(held_out))[: options.validation_requests]
+    held_out = held_out.take(chosen)
+
+    def validate(model: nn.Module) -> dict[str, float]:
+        tower_now = model if isinstance(model, UserTower) else tower
+        rows, _, _ = retrieve(tower_now, shop, held_out, profiles, options.history, RETRIEVED)
+        return {f"recall@{count}": recall(rows, held_out.answers, count) for count in (10, RETRIEVED)}
+
+    torch.manual_seed(options.seed)
+    tower = UserTower(config)
+    softmax = SampledSoftmax(shop, tower, options, shop.histories.at.min(), split)
+    softmax.profiles = profiles
+    report = fit(
+        tower, softmax.batches, softmax.loss, validate, f"recall@{RETRIEVED}", options, release.folder, STAGE,
+        parameters=parameter_groups,
+    )  # fmt: skip
+    release.save_weights(USER_TOWER_HOLDOUT, tower)
+
+    if options.refit:
+        torch.manual_seed(options.seed)
+        tower = UserTower(config)
+        softmax = SampledSoftmax(shop, tower, options, shop.histories.at.min(), shop.now)
+        softmax.profiles = profiles
+        again = options.model_copy(update={"epochs": max(1, report.best_epoch)})
+        fit(
+            tower, softmax.batches, softmax.loss, lambda model: {"epochs": 0.0}, "epochs", again, release.folder,
+            f"{STAGE}_refit", keep_best=False, parameters=parameter_groups,
+        )  # fmt: skip
+    release.save_weights(USER_TOWER, tower)
+    release.save_trained_items(shop.items.product_ids)
+    release.record(
+        "user_tower",
+        config=config,
+        profile_scaler=scaler,
+        popularity_days=options.popularity_days,
+        validation_start=split,
+        report=report,
+        options=options.model_dump(mode="json", exclude={"database_url"}),
+    )
+    for stage in (STAGE, f"{STAGE}_refit"):
+        finish(release.folder, stage)
+    print(f"release {release.name}: {USER_TOWER}, {report.metric} {report.best:.4f} after {report.seconds:.0f} s")
+
+
+def parameter_groups(model: nn.Module) -> list[dict]:
+    """Weight decay belongs on the collaborative table (it is what overfits) and on matrices, not on gains and biases."""
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() <= 1]
+    return [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
+
+
+if __name__ == "__main__":
+    run_script(UserOptions, main)
