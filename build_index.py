@@ -93,9 +93,9 @@ def check_not_worse(release: Release, options: IndexOptions) -> None:
 def main(options: IndexOptions) -> None:
     started = time.monotonic()
     release = Release.open(options.models_dir, options.release)
-    for part in ("item_tower", "user_tower", "reranker"):
-        if part not in release.manifest:
-            raise UserError(f"release {release.name} has no {part} yet; run the training script that makes it")
+    for needed in ("item_tower", "user_tower", "reranker"):
+        if needed not in release.manifest:
+            raise UserError(f"release {release.name} has no {needed} yet; run the training script that makes it")
     encoder = ItemEncoder(release, TextEncoder.load(options))
     with Store.open(options) as store:
         shop = ShopData.load(store, encoder, release.manifest["user_tower"]["popularity_days"])

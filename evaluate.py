@@ -271,8 +271,8 @@ def write_page(rows: list[dict[str, Any]]) -> None:
     lines = [
         "# Results",
         "",
-        "Made by `python evaluate.py page` from `results.json` (every figure, with its 95 % bootstrap interval, commit and command)",
-        "and `steps.json`. The splits and how to run them: [splits.md](splits.md).",
+        "Made by `python evaluate.py page` from `results.json` (every figure, with its 95 % bootstrap interval, commit and",
+        "command) and `steps.json`. Run it again with `make results HM=folder RTR=folder`.",
     ]
     for split in dict.fromkeys(row["split"] for row in rows):
         own = [row for row in rows if row["split"] == split]
@@ -287,7 +287,8 @@ def write_page(rows: list[dict[str, Any]]) -> None:
             "| model | stage | " + " | ".join(columns) + " |",
             "|---|---|" + "---|" * len(columns),
         ]
-        ours_last = sorted({(row["model"], row["stage"]) for row in own}, key=lambda pair: (pair[0] == "styletower", pair[0], pair[1] == "reranked"))  # fmt: skip
+        lines_of = {(row["model"], row["stage"]) for row in own}
+        ours_last = sorted(lines_of, key=lambda pair: (pair[0] == "styletower", pair[0], pair[1] == "reranked"))
         for model, stage in ours_last:
             cells = []
             for column in columns:
@@ -295,11 +296,12 @@ def write_page(rows: list[dict[str, Any]]) -> None:
                 cells.append("" if row is None else f"{row['value']:.4f} [{row['low']:.4f}, {row['high']:.4f}]")
             name = f"**{model}**" if model == "styletower" else model
             lines.append(f"| {name} | {stage} | " + " | ".join(cells) + " |")
-        counts = {column: figure["styletower", "retrieval", column]["n"] for column in recalls if ("styletower", "retrieval", column) in figure}  # fmt: skip
-        lines += [
-            "",
-            "Targets: " + ", ".join(f"{count} ({column.split()[-1]})" for column, count in counts.items()) + ".",
+        counts = [
+            f"{figure['styletower', 'retrieval', column]['n']} ({column.split()[-1]})"
+            for column in recalls
+            if ("styletower", "retrieval", column) in figure
         ]
+        lines += ["", "Targets: " + ", ".join(counts) + "."]
     if STEPS.exists():
         lines += [
             "",

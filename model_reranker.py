@@ -122,8 +122,13 @@ class FusedDeepFM(nn.Module):
     shopper alone (their sums in the FM, their part of the first layer) is computed once a list.
     """
 
-    std_rows: Tensor
-    table: Tensor
+    std_table: Tensor
+    re_table: Tensor
+    dense_weight: Tensor
+    bias: Tensor
+    user_first: Tensor
+    item_first: Tensor
+    first_bias: Tensor
 
     def __init__(self, model: DeepFM, config: RerankerConfig) -> None:
         super().__init__()

@@ -15,9 +15,9 @@ from functools import lru_cache
 import numpy as np
 import psycopg
 import torch
-from extract_features import LexiconReader, extract
 
 from catalog import Product, RawProduct, Rejected
+from extract_features import LexiconReader, extract
 from release import ItemEncoder, Release
 from settings import Settings, UserError
 from store import Filters, Found, ItemRows, Store, UserState
@@ -42,7 +42,7 @@ MAX_REASONS = 4
 REASON_SHARE = 0.2
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """Nothing can be answered now: no live release, or the database is away and no fallback fits. Retry later."""
 
 
@@ -108,6 +108,10 @@ class LoadedRelease:
         self.scaler = release.profile_scaler()
         self.prices = PriceScale(**release.manifest["reranker"]["prices"])
         self.trained_re_words = len(self.encoder.re_vocab)
+        self.allowed_values = {
+            field_name: {normalise(value): value for value in values}
+            for field_name, values in release.schema().std.items()
+        }
 
     @property
     def item_width(self) -> int:
@@ -129,7 +133,7 @@ class LoadedRelease:
         self.reranker.grow(rows)
         for word_id, field_name, value in new:
             if vocab.grow(field_name, value) != word_id:
-                raise Unavailable(f"the RE vocabulary of release {self.name} has a hole before id {word_id}")
+                raise UnavailableError(f"the RE vocabulary of release {self.name} has a hole before id {word_id}")
 
 
 class Recommender:
@@ -144,20 +148,20 @@ class Recommender:
 
     # ---------------------------------------------------------------------------------------------------------- releases
     def live(self) -> LoadedRelease:
-        """The live release, reloaded when the pointer has moved. Raises Unavailable when nothing is live."""
+        """The live release, reloaded when the pointer has moved. Raises UnavailableError when nothing is live."""
         name = Release.current(self.settings.models_dir)
         loaded = self._loaded
         if loaded is not None and loaded.name == name:
             return loaded
         if name is None:
-            raise Unavailable("no release is live yet; run build_index.py")
+            raise UnavailableError("no release is live yet; run build_index.py")
         with self._lock:
             if self._loaded is None or self._loaded.name != name:
                 try:
                     fresh = LoadedRelease(Release.open(self.settings.models_dir, name), self.text_encoder)
                 except UserError as error:
                     if self._loaded is None:
-                        raise Unavailable(str(error)) from error
+                        raise UnavailableError(str(error)) from error
                     return self._loaded  # a damaged new release never takes a healthy one down
                 self._loaded = fresh
                 self._warm_up(fresh)
@@ -175,7 +179,7 @@ class Recommender:
     def recommend(self, request: Request) -> Answer:
         """A ranked list of `k` items, fewer only when the filters leave fewer.
 
-        Raises Unavailable when nothing can be said. If the database is away, an unfiltered request is answered from
+        Raises UnavailableError when nothing can be said. If the database is away, an unfiltered request is answered from
         the popular items in memory, marked `degraded`.
         """
         loaded = self.live()
@@ -183,7 +187,7 @@ class Recommender:
             return self._answer(loaded, request)
         except (psycopg.OperationalError, psycopg.errors.UndefinedTable, TimeoutError) as error:
             if not self._popular or request.filters != Filters():
-                raise Unavailable(f"the database does not answer ({type(error).__name__})") from error
+                raise UnavailableError(f"the database does not answer ({type(error).__name__})") from error
             unwanted = {*request.exclude, *request.history}
             ids = [product_id for product_id in self._popular if product_id not in unwanted][: request.k]
             items = [
@@ -321,6 +325,10 @@ class Recommender:
         above = (dense[row, columns] - dense[:, columns].mean(axis=0)) / np.where(spread > 0, spread, 1.0)
         return [Reason(("popular", "similar_shoppers", "match")[int(above.argmax())])]
 
+    def allowed_values(self) -> dict[str, dict[str, str]]:
+        """What a filter may name, as the live release knows it: field -> normalised spelling -> the schema's spelling."""
+        return self.live().allowed_values
+
     # ------------------------------------------------------------------------------------------------------------- items
     def similar(self, product_id: str, k: int) -> list[Neighbour]:
         """The `k` items nearest to one by cosine, itself left out. Raises LookupError when it has no vector."""
@@ -350,7 +358,7 @@ class Recommender:
         self.store.quarantine.add("api", rejected)
         try:
             loaded = self.live()
-        except Unavailable:
+        except UnavailableError:
             return rejected
         self._index(loaded, [extraction.product for extraction in extractions])
         return rejected

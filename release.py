@@ -153,6 +153,9 @@ class Release:
         re_vocab.save(self.folder / "re_vocab.json")
 
     # ------------------------------------------------------------------------------------------------------------ parts
+    def schema(self) -> FeatureSchema:
+        return FeatureSchema.model_validate_json((self.folder / "schema.json").read_text(encoding="utf-8"))
+
     def vocabularies(self) -> tuple[StdVocab, ReVocab]:
         return StdVocab.load(self.folder / "std_vocab.json"), ReVocab.load(self.folder / "re_vocab.json")
 

@@ -49,7 +49,12 @@ PIPELINES: dict[str, list[list[str]]] = {
     ],
 }
 # What a finished training step leaves in the manifest.
-PARTS = {"train_simcse.py": "item_tower", "train_user.py": "user_tower", "train_reranker.py": "reranker", "build_index.py": "index"}  # fmt: skip
+PARTS = {
+    "train_simcse.py": "item_tower",
+    "train_user.py": "user_tower",
+    "train_reranker.py": "reranker",
+    "build_index.py": "index",
+}
 
 
 class SplitOptions(Settings):

@@ -10,6 +10,7 @@ from the item tower, the order starts at retrieval's own, and a listwise softmax
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -122,7 +123,7 @@ def replay(shop: ShopData, release: Release, options: RerankerOptions) -> tuple[
     moments = np.linspace(start, end, options.moments + 1)
     found: list[Lists] = []
     keys: dict[float, np.ndarray] = {}
-    for begin, stop in zip(moments[:-1], moments[1:], strict=True):
+    for begin, stop in pairwise(moments):
         requests: Requests = shop.requests(begin, stop, float(begin))
         if not len(requests):
             continue

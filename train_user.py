@@ -42,7 +42,7 @@ class UserOptions(TrainOptions):
     hard_share: float = Field(
         0.5, ge=0, lt=1, description="share of the negatives drawn from what the tower ranks high"
     )
-    history: int = Field(50, ge=1, le=500, description="events of a shopper that are read, the latest ones")
+    history: int = Field(30, ge=1, le=500, description="events of a shopper that are read, the latest ones")
     baskets: bool = Field(True, description="let events of the same instant stand in each other's history")
     forget: float = Field(0.1, ge=0, lt=1, description="share of shoppers whose history, context or body is hidden")
     collaborative: int = Field(32, ge=0, le=512, description="collaborative coordinates of an item; 0 for none")

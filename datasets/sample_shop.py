@@ -31,7 +31,7 @@ Ints = NDArray[np.int64]
 
 _DAY = timedelta(days=1)
 _LATE_SHARE = 0.3  # products that arrive within the observed days
-_LAST_WEEK_SHARE = 0.02  # of them, those of the last week: cold items
+_LAST_WEEK_SHARE = 0.02  # products that arrive in the last week: cold items
 _STOCK_SHARE = 0.97
 _SILENT_SHARE, _NEAR_COLD_SHARE = 0.03, 0.07  # shoppers with no event; with one or two
 _CONTEXT_SHARE = 0.4

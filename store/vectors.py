@@ -33,6 +33,7 @@ _COLUMNS = sql.SQL("product_id, vector, std_ids, re_ids")
 # The wire form as bytes: a hundred rows become one array at once (`stack_vectors`, `stack_ids`), not number by number.
 BINARY = sql.SQL("vector_send(vector), array_send(std_ids), array_send(re_ids)")
 
+# "+ 0" because the planner believes that an index gives its rows in order, and an iterative scan does not.
 _HNSW = sql.SQL("""
     WITH nearest AS MATERIALIZED (
         SELECT v.product_id, v.vector <#> %(query)b AS distance, v.vector, v.std_ids, v.re_ids, p.price
@@ -40,7 +41,7 @@ _HNSW = sql.SQL("""
         WHERE p.std IS NOT NULL AND v.product_id <> ALL(%(exclude)s::text[]) AND {filters}
         ORDER BY v.vector <#> %(query)b LIMIT %(limit)s
     )
-    SELECT product_id, -distance, {binary}, price FROM nearest ORDER BY distance, product_id
+    SELECT product_id, -distance, {binary}, price FROM nearest ORDER BY distance + 0, product_id
 """)
 
 # The distances are computed inside a materialised step and sorted outside of it, where no index can offer its order.

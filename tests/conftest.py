@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from pathlib import Path
 
+import hypothesis
 import psycopg
 import pytest
 
@@ -15,6 +17,10 @@ from settings import Settings
 from store import Store, embedded
 
 TEMPLATE = "empty_store"
+
+# How long an example takes says how busy the machine is, nothing about the code.
+hypothesis.settings.register_profile("no-deadline", deadline=None)
+hypothesis.settings.load_profile("no-deadline")
 
 
 @pytest.fixture(scope="session")
@@ -32,20 +38,30 @@ def server() -> Iterator[embedded.EmbeddedServer]:
         running.stop()
 
 
+NewDatabase = Callable[[str], AbstractContextManager[str]]
+
+
 @pytest.fixture(scope="session")
-def database_names() -> Callable[[], str]:
+def new_database(server: embedded.EmbeddedServer) -> NewDatabase:
+    """Gives the address of a new database, a copy of the named one, for the length of a `with` block."""
     numbers = count()
-    return lambda: f"test_{next(numbers)}"
+
+    @contextmanager
+    def create(template: str) -> Iterator[str]:
+        name = f"test_{next(numbers)}"
+        with psycopg.connect(server.url, autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+            yield _database_url(server, name)
+            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+    return create
 
 
 @pytest.fixture
-def database_url(server: embedded.EmbeddedServer, database_names: Callable[[], str]) -> Iterator[str]:
+def database_url(new_database: NewDatabase) -> Iterator[str]:
     """A database with the tables and no rows."""
-    name = database_names()
-    with psycopg.connect(server.url, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
-        yield _database_url(server, name)
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    with new_database(TEMPLATE) as url:
+        yield url
 
 
 @pytest.fixture

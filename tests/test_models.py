@@ -33,7 +33,7 @@ TEXT = 6  # width of the text vectors in these tests
 
 
 # ---------------------------------------------------------------------------------------------------------- item tower
-def item_tower(**changes: object) -> ItemTower:
+def item_tower(**changes):
     torch.manual_seed(0)
     config = ItemTowerConfig(
         [0, 0, 0, 1, 1, 2, 2], [0, 0, 0, 1, 1], TEXT, embedding_dim=8, width=16, heads=2, output=12

@@ -33,7 +33,7 @@ OWNER = """
     {before}
     store = Store.open(Settings(database_url="", data_dir=Path(sys.argv[1]), _env_file=None))
     store.products.put([RawProduct(product_id="kept", title="t")])
-    print(store._server.pid, flush=True)
+    print(store._server.pid or 0, flush=True)  # 0: another process owns it
     {after}
 """
 
@@ -49,7 +49,9 @@ def owner(data_dir: Path, before: str = "", after: str = "sys.stdin.read()"):
     with subprocess.Popen(
         [sys.executable, "-c", code, str(data_dir)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
     ) as process:
+        assert process.stdout is not None
         try:
+            assert process.stdout is not None
             yield process, int(process.stdout.readline())
         finally:
             process.kill()

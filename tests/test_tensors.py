@@ -27,7 +27,12 @@ from text_encoder import Ragged
 from vocab import ReVocab, StdVocab
 
 SCHEMA = FeatureSchema(std={"category": ["shirt", "dress"], "colour": ["white", "navy", "red"]}, re=["fit", "material"])
-SHIRT = Product(product_id="s", title="linen shirt", std={"category": ["shirt"], "colour": ["navy", "red"]}, re={"material": ["linen"]})  # fmt: skip
+SHIRT = Product(
+    product_id="s",
+    title="linen shirt",
+    std={"category": ["shirt"], "colour": ["navy", "red"]},
+    re={"material": ["linen"]},
+)
 DRESS = Product(product_id="d", title="", std={"category": ["dress"]}, re={})
 
 
@@ -37,7 +42,7 @@ def vocabularies() -> tuple[StdVocab, ReVocab]:
     return std, re
 
 
-def log(events: list[tuple[str, str, str, float]]) -> EventLog:
+def log(events):
     """An event log from (user, product, kind, day)."""
     events = sorted(events, key=lambda event: (event[3], event[0], event[1]))
     columns = [sorted({event[column] for event in events}) for column in range(3)]
@@ -45,7 +50,16 @@ def log(events: list[tuple[str, str, str, float]]) -> EventLog:
         np.array([columns[column].index(event[column]) for event in events], dtype=np.int32) for column in range(3)
     ]
     at = np.array([event[3] * DAY for event in events])
-    return EventLog(columns[0], columns[1], columns[2], [""], *numbers[:2], numbers[2].astype(np.int8), at, np.zeros(len(events), dtype=np.int32))  # fmt: skip
+    return EventLog(
+        columns[0],
+        columns[1],
+        columns[2],
+        [""],
+        *numbers[:2],
+        numbers[2].astype(np.int8),
+        at,
+        np.zeros(len(events), dtype=np.int32),
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- items
@@ -127,8 +141,8 @@ def test_the_last_coordinate_says_that_nothing_happened_yet():
 @given(
     hnp.arrays(np.int64, st.integers(0, 30), elements=st.integers(0, 4)),
     st.data(),
-    st.floats(-3, 40),
-    st.floats(0.1, 20),
+    st.integers(-3 * 24, 40 * 24).map(lambda hours: hours / 24),
+    st.integers(1, 20 * 24).map(lambda hours: hours / 24),
 )
 def test_counts_equal_plain_counting(item, data, as_of, days):
     at = np.array(data.draw(st.lists(st.integers(0, 30), min_size=len(item), max_size=len(item)))) * DAY

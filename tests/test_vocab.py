@@ -82,7 +82,10 @@ def test_re_refuses_unknown_fields_and_empty_words(field, value):
 
 
 def test_grow_from_counts_products_not_mentions():
-    products = [Product(product_id=str(n), title="t", re={"fit": values}) for n, values in enumerate([["slim", "Slim"], ["loose"], ["loose"]])]  # fmt: skip
+    products = [
+        Product(product_id=str(n), title="t", re={"fit": values})
+        for n, values in enumerate([["slim", "Slim"], ["loose"], ["loose"]])
+    ]
     vocab = ReVocab(["fit"])
     assert vocab.grow_from(products, min_count=2) == 1
     assert vocab.id("fit", "loose") == FIRST_WORD
@@ -113,7 +116,16 @@ def test_save_and_load_keep_every_id(tmp_path_factory, words):
     assert loaded.grow("fit", "after loading") == len(vocab)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"fields": ["a"]}', '{"fields": ["a"], "words": [["b", "x"]]}', '{"fields": ["a"], "words": [["a", "x"], ["a", "X"]]}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"fields": ["a"]}',
+        '{"fields": ["a"], "words": [["b", "x"]]}',
+        '{"fields": ["a"], "words": [["a", "x"], ["a", "X"]]}',
+    ],
+)
 def test_a_damaged_file_is_named(tmp_path, content):
     path = tmp_path / "std.json"
     path.write_text(content)

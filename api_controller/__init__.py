@@ -1,0 +1,1 @@
+"""HTTP: the application, its routes and its bodies. No SQL and no tensors."""

@@ -1,0 +1,367 @@
+"""Item vectors: what a search finds is what numpy finds, and as much as was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
+
+from catalog import Event, Product, RawProduct, User
+from settings import Settings
+from store import Filters, ItemRows, Store, UserState, vectors
+
+RELEASE = "20260101-120000"
+N, D = 600, 8
+IDS = [f"p{number:03d}" for number in range(N)]
+LIMIT = 40
+FEW = 50  # stands for EXACT_LIMIT
+RANDOM = np.random.default_rng(0)
+CENTRES = RANDOM.normal(size=(12, D))
+CLUSTER = np.arange(N) % 12
+VECTORS = (CENTRES[CLUSTER] + 0.3 * RANDOM.normal(size=(N, D))).astype(np.float32)
+QUERIES = (CENTRES[:6] + 0.1 * RANDOM.normal(size=(6, D))).astype(np.float32)
+STD_IDS = np.stack([CLUSTER, np.zeros(N, dtype=int)], axis=1).astype(np.int32)
+RE_IDS = np.arange(3 * N, dtype=np.int32).reshape(N, 3)
+
+
+def rows(numbers) -> ItemRows:
+    numbers = list(numbers)
+    return ItemRows([IDS[number] for number in numbers], VECTORS[numbers], STD_IDS[numbers], RE_IDS[numbers])
+
+
+def import_products(store: Store, numbers) -> None:
+    """Product i costs i (every tenth has no price), is in stock if i is even, and carries its cluster as a feature."""
+    with store.importing(source="test") as batch:
+        batch.products(
+            RawProduct(product_id=IDS[i], title="t", price=None if i % 10 == 9 else i, in_stock=i % 2 == 0)
+            for i in numbers
+        )
+        batch.features(
+            Product(product_id=IDS[i], title="t", std={"cluster": [f"c{CLUSTER[i]}"], "all": ["yes"]}) for i in numbers
+        )
+
+
+def open_url(url: str) -> Store:
+    return Store.open(Settings(database_url=url, _env_file=None))
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    monkeypatch.setattr(vectors, "EXACT_LIMIT", FEW)
+
+
+@pytest.fixture(scope="module")
+def template(new_database) -> Iterator[str]:
+    """The name of a database with N products with vectors."""
+    with new_database("empty_store") as url:
+        with open_url(url) as store:
+            import_products(store, range(N))
+            store.vectors.create(RELEASE, D)
+            store.vectors.copy(RELEASE, rows(range(0, N, 2)))
+            store.vectors.copy(RELEASE, rows(range(1, N, 2)))
+        yield str(conninfo_to_dict(url)["dbname"])
+
+
+@pytest.fixture(scope="module")
+def indexed_template(template, new_database) -> Iterator[str]:
+    with new_database(template) as url:
+        with open_url(url) as store:
+            store.vectors.build_index(RELEASE)
+        yield str(conninfo_to_dict(url)["dbname"])
+
+
+@pytest.fixture
+def shop(template, new_database) -> Iterator[Store]:
+    """N products with vectors, not indexed."""
+    with new_database(template) as url, open_url(url) as store:
+        yield store
+
+
+@pytest.fixture
+def indexed(indexed_template, new_database) -> Iterator[Store]:
+    """N products with vectors and their index."""
+    with new_database(indexed_template) as url, open_url(url) as store:
+        yield store
+
+
+def best(query: np.ndarray, numbers) -> list[str]:
+    numbers = np.array(list(numbers), dtype=int)
+    scores = VECTORS[numbers] @ query
+    return [IDS[number] for number in numbers[np.argsort(-scores)][:LIMIT]]
+
+
+def push(store: Store, *settings: str) -> None:
+    """Change server settings for the connections to come."""
+    with store.pool.connection() as connection:
+        for setting in settings:
+            connection.execute(f"ALTER DATABASE {connection.info.dbname} SET {setting}")
+
+
+def scores_of(found, query) -> np.ndarray:
+    return VECTORS[[IDS.index(product_id) for product_id in found.product_ids]] @ query
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_fetched_in_the_order_asked(shop):
+    found = shop.vectors.fetch(RELEASE, ["p005", "nobody", "p001", "p300"])
+    assert found.product_ids == ["p005", "p001", "p300"]
+    np.testing.assert_array_equal(found.vectors, VECTORS[[5, 1, 300]])
+    np.testing.assert_array_equal(found.std_ids, STD_IDS[[5, 1, 300]])
+    np.testing.assert_array_equal(found.re_ids, RE_IDS[[5, 1, 300]])
+    assert (found.vectors.dtype, found.std_ids.dtype) == (np.float32, np.int32)
+    assert shop.vectors.fetch(RELEASE, ["nobody"]).product_ids == []
+
+
+def test_rows_may_have_no_ids_at_all(shop):
+    none = np.zeros((N, 0), dtype=np.int32)
+    shop.vectors.create("bare", D)
+    shop.vectors.copy("bare", ItemRows(IDS, VECTORS, none, none))
+    assert shop.vectors.fetch("bare", IDS[:3]).re_ids.shape == (3, 0)
+    assert shop.vectors.search("bare", QUERIES[0], LIMIT).std_ids.shape == (LIMIT, 0)
+
+
+def test_upserted_rows_replace_and_are_found_at_once(indexed):
+    changed = ItemRows([IDS[7]], 9 * QUERIES[:1], np.array([[1, 2]]), np.array([[3, 4, 5]]))
+    indexed.vectors.upsert(RELEASE, changed)
+    assert indexed.vectors.count(RELEASE) == N
+    found = indexed.vectors.search(RELEASE, QUERIES[0], LIMIT)
+    assert found.product_ids[0] == IDS[7]
+    assert (found.std_ids[0].tolist(), found.re_ids[0].tolist()) == ([1, 2], [3, 4, 5])
+
+
+def test_a_new_product_is_found_at_once(indexed):
+    indexed.products.put([RawProduct(product_id="new", title="t")])
+    indexed.products.put_features([Product(product_id="new", title="t", std={"cluster": ["c0"]})], origin="o")
+    indexed.vectors.upsert(RELEASE, ItemRows(["new"], 9 * QUERIES[:1], STD_IDS[:1], RE_IDS[:1]))
+    for filters in (Filters(), Filters(std={"cluster": ["c0"]})):
+        assert indexed.vectors.search(RELEASE, QUERIES[0], LIMIT, filters).product_ids[0] == "new"
+
+
+def test_a_build_begins_empty_whatever_a_crashed_one_left(shop):
+    shop.vectors.create(RELEASE, D + 1)
+    assert shop.vectors.count(RELEASE) == 0
+
+
+def test_releases_are_listed_until_dropped(shop):
+    shop.vectors.create("20250101-000000", 2)
+    assert shop.vectors.releases() == ["20250101-000000", RELEASE]
+    shop.vectors.drop("20250101-000000")
+    shop.vectors.drop("20250101-000000")
+    assert shop.vectors.releases() == [RELEASE]
+
+
+@pytest.mark.parametrize("name", ["", "Upper", 'a"; DROP TABLE products; --', "x" * 41, "-a"])
+def test_what_is_no_release_name_is_refused(store, name):
+    with pytest.raises(ValueError, match="is no release name"):
+        store.vectors.create(name, 2)
+
+
+def test_the_build_tells_its_progress(shop):
+    shares = []
+    shop.vectors.build_index(RELEASE, progress=shares.append)
+    assert shares[-1] == 1.0
+    assert all(0.0 <= share <= 1.0 for share in shares)
+
+
+def test_a_second_index_is_an_error_that_leaves_the_store_usable(indexed):
+    with pytest.raises(Exception, match="already exists"):
+        indexed.vectors.build_index(RELEASE)
+    assert len(indexed.vectors.search(RELEASE, QUERIES[0], LIMIT).product_ids) == LIMIT
+
+
+# --- search -----------------------------------------------------------------------------------------------------------
+
+
+def test_without_an_index_the_search_is_exact(shop):
+    for query in QUERIES:
+        found = shop.vectors.search(RELEASE, query, LIMIT)
+        assert found.product_ids == best(query, range(N))
+        assert found.plan == "exact"
+
+
+def test_the_index_finds_nearly_what_numpy_finds_in_order(indexed):
+    for query in QUERIES:
+        found = indexed.vectors.search(RELEASE, query, LIMIT)
+        assert found.plan == "hnsw"
+        np.testing.assert_allclose(found.scores, scores_of(found, query), rtol=1e-5)
+        assert (np.diff(found.scores) <= 0).all()
+        assert len(set(found.product_ids) & set(best(query, range(N)))) >= 0.95 * LIMIT
+
+
+def test_a_search_brings_all_of_the_row(indexed):
+    found = indexed.vectors.search(RELEASE, QUERIES[0], LIMIT)
+    numbers = [IDS.index(product_id) for product_id in found.product_ids]
+    np.testing.assert_array_equal(found.vectors, VECTORS[numbers])
+    np.testing.assert_array_equal(found.std_ids, STD_IDS[numbers])
+    np.testing.assert_array_equal(found.re_ids, RE_IDS[numbers])
+    np.testing.assert_array_equal(found.price, [np.nan if i % 10 == 9 else i for i in numbers])
+
+
+@pytest.mark.parametrize("kept", [0, 1, 10, 39, 40, 45, 50, 51, 60, 90, 100, 150, 300, 540])
+def test_a_filter_always_leaves_as_many_as_there_are(indexed, kept):
+    """`kept` products are cheap enough; up to FEW the answer is exact."""
+    numbers = [i for i in range(N) if i % 10 != 9][:kept]
+    highest = float(numbers[-1]) if numbers else -1.0
+    for query in QUERIES:
+        found = indexed.vectors.search(RELEASE, query, LIMIT, Filters(max_price=highest))
+        assert len(found.product_ids) == min(kept, LIMIT)
+        assert set(found.product_ids) <= {IDS[i] for i in numbers}
+        assert (np.diff(found.scores) <= 0).all()
+        if kept <= FEW:
+            assert found.plan == "exact"
+        if found.plan == "exact":
+            assert found.product_ids == best(query, numbers)
+    if kept >= 300:
+        assert found.plan == "hnsw-iterative"
+
+
+def test_the_exact_plan_does_not_touch_the_index(indexed):
+    """Even if the planner is pushed to it: with ef_search 1 it would miss most of what is asked for."""
+    numbers = [i for i in range(N) if CLUSTER[i] == 3]
+    push(indexed, "enable_sort = off", "enable_seqscan = off", "enable_hashjoin = off", "hnsw.ef_search = 1")
+    with open_url(indexed.url) as pushed:
+        found = pushed.vectors.search(RELEASE, QUERIES[0], LIMIT, Filters(std={"cluster": ["c3"]}), ef_search=1)
+    assert found.plan == "exact"
+    assert found.product_ids == best(QUERIES[0], numbers)
+
+
+def test_when_the_index_gives_up_the_answer_is_exact(indexed):
+    """Far from the query and more than FEW: the index search ends before it meets enough of them."""
+    query = QUERIES[0]
+    far = np.argsort(VECTORS @ query)[:70].tolist()
+    indexed.products.put_features(
+        [Product(product_id=IDS[i], title="t", std={"far": ["yes"]}) for i in far], origin="test"
+    )
+    with indexed.pool.connection() as connection:
+        connection.execute("ANALYZE products")
+    push(indexed, "hnsw.max_scan_tuples = 1")
+    with open_url(indexed.url) as with_limit:
+        found = with_limit.vectors.search(RELEASE, query, LIMIT, Filters(std={"far": ["yes"]}))
+    assert found.plan == "exact"
+    assert found.product_ids == best(query, far)
+
+
+@pytest.mark.parametrize(
+    ("filters", "keeps"),
+    [
+        (Filters(std={"cluster": ["c1", "c2"]}), lambda i: CLUSTER[i] in (1, 2)),
+        (Filters(std={"cluster": ["c1"], "all": ["yes", "no"]}), lambda i: CLUSTER[i] == 1),
+        (Filters(std={"cluster": ["c1"], "all": ["no"]}), lambda i: False),
+        (Filters(std={"cluster": []}), lambda i: False),
+        (Filters(min_price=100, max_price=110), lambda i: 100 <= i <= 110 and i % 10 != 9),
+        (Filters(min_price=590), lambda i: i >= 590 and i % 10 != 9),
+        (Filters(in_stock=True, max_price=20), lambda i: i % 2 == 0 and i <= 20),
+        (Filters(in_stock=False, max_price=20), lambda i: i % 2 == 1 and i <= 20 and i % 10 != 9),
+        (Filters(std={"cluster": ["c4"]}, max_price=300), lambda i: CLUSTER[i] == 4 and i <= 300 and i % 10 != 9),
+    ],
+)
+def test_filters_mean_what_they_say(indexed, filters, keeps):
+    numbers = [i for i in range(N) if keeps(i)]
+    found = indexed.vectors.search(RELEASE, QUERIES[0], N, filters)
+    assert sorted(found.product_ids) == [IDS[i] for i in numbers]
+
+
+@pytest.mark.parametrize("filters", [Filters(), Filters(std={"all": ["yes"]}), Filters(max_price=45)])
+def test_what_is_excluded_deleted_or_unread_never_appears(indexed, filters):
+    ranking = best(QUERIES[0], [i for i in range(N) if filters.max_price is None or (i <= 45 and i % 10 != 9)])
+    excluded, deleted = ranking[:5], ranking[5:10]
+    indexed.products.delete(deleted)
+    with indexed.pool.connection() as connection:
+        connection.execute("UPDATE products SET std = NULL WHERE product_id = %s", (ranking[10],))
+    found = indexed.vectors.search(RELEASE, QUERIES[0], 20, filters, exclude=excluded)
+    assert len(found.product_ids) == 20
+    assert not set(found.product_ids) & set(ranking[:11])
+
+
+def test_the_index_makes_up_for_what_is_excluded(indexed):
+    ranking = best(QUERIES[0], range(N))
+    found = indexed.vectors.search(RELEASE, QUERIES[0], LIMIT, exclude=ranking, ef_search=LIMIT)
+    assert found.plan == "hnsw"
+    assert len(set(found.product_ids) - set(ranking)) == LIMIT
+
+
+def test_all_come_back_when_more_are_asked_for_than_there_are(indexed):
+    for filters in (Filters(), Filters(std={"all": ["yes"]})):
+        assert sorted(indexed.vectors.search(RELEASE, QUERIES[0], N + 5, filters).product_ids) == IDS
+
+
+def test_a_search_leaves_the_connection_as_it_was(indexed):
+    names = (
+        "enable_seqscan",
+        "enable_sort",
+        "max_parallel_workers_per_gather",
+        "hnsw.ef_search",
+        "hnsw.iterative_scan",
+    )
+    with indexed.pool.connection() as connection:
+        vectors._hnsw(connection, RELEASE, sql.SQL("true"), {"query": QUERIES[0], "exclude": [], "limit": 1}, 77, None)
+        values = [connection.execute(f"SHOW {name}").fetchone()[0] for name in names]
+    assert values == ["on", "on", "2", "40", "off"]
+
+
+def test_many_searches_on_one_connection_stay_right(indexed):
+    """Statements are prepared after a few runs; the plan must stay."""
+    for query in list(QUERIES) * 3:
+        assert indexed.vectors.search(RELEASE, query, LIMIT).plan == "hnsw"
+        narrow = indexed.vectors.search(RELEASE, query, LIMIT, Filters(max_price=20))
+        assert narrow.product_ids == best(query, [i for i in range(21) if i % 10 != 9])
+
+
+# --- the state of a shopper -------------------------------------------------------------------------------------------
+
+
+def event(user: str, number: int, minute: int, **rest) -> Event:
+    return Event(user_id=user, product_id=IDS[number], at=f"2024-01-01T00:{minute:02d}:00Z", **rest)
+
+
+def test_the_state_is_the_latest_events_oldest_first(shop):
+    shop.users.put([User(user_id="u", profile={"height_cm": 170})])
+    shop.events.put([event("u", 9, 3), event("u", 2, 1), event("u", 3, 2, kind="cart"), event("v", 4, 5)])
+    state = shop.users.state(RELEASE, "u", limit=2)
+    assert (state.known, state.profile) == (True, {"height_cm": 170.0})
+    assert (state.product_ids, state.kinds) == ([IDS[3], IDS[9]], ["cart", "view"])
+    assert state.at.tolist() == [1704067320.0, 1704067380.0]
+    np.testing.assert_array_equal(state.vectors, VECTORS[[3, 9]])
+    np.testing.assert_array_equal(state.std_ids, STD_IDS[[3, 9]])
+    np.testing.assert_array_equal(state.re_ids, RE_IDS[[3, 9]])
+    np.testing.assert_array_equal(state.price, [3.0, np.nan])
+
+
+def test_events_without_a_vector_in_the_release_take_no_room(shop):
+    shop.vectors.create("small", D)
+    shop.vectors.copy("small", rows([1, 2]))
+    shop.events.put([event("u", 1, 1), event("u", 2, 2), event("u", 3, 3)])
+    assert shop.users.state("small", "u", limit=2).product_ids == [IDS[1], IDS[2]]
+
+
+def test_who_is_known(shop):
+    shop.users.put([User(user_id="profile")])
+    shop.vectors.create("empty", D)
+    shop.events.put([event("events", 1, 1)])
+    for user, known in [("profile", True), ("events", True), ("nobody", False)]:
+        state = shop.users.state("empty", user, limit=5)
+        assert (state.known, state.profile, state.product_ids, state.at.shape) == (known, {}, [], (0,))
+
+
+def test_inline_history_comes_behind_what_is_stored(shop):
+    shop.events.put([event("u", 1, 1), event("u", 2, 2)])
+    state = shop.users.state(RELEASE, "u", limit=3).extended(rows([7, 8]), kind="view", at=5.0, limit=3)
+    assert state.product_ids == [IDS[2], IDS[7], IDS[8]]
+    assert state.kinds == ["view"] * 3
+    assert state.at.tolist() == [1704067320.0, 5.0, 5.0]
+    np.testing.assert_array_equal(state.vectors, VECTORS[[2, 7, 8]])
+    np.testing.assert_array_equal(state.re_ids, RE_IDS[[2, 7, 8]])
+    np.testing.assert_array_equal(state.price, [2.0, np.nan, np.nan])
+
+
+def test_history_may_be_all_there_is(shop):
+    for start in (UserState.empty(D), shop.users.state(RELEASE, "nobody", limit=3)):
+        state = start.extended(rows([7, 8, 9]), kind="cart", at=5.0, limit=2)
+        assert (state.known, state.product_ids, state.vectors.shape) == (False, [IDS[8], IDS[9]], (2, D))
+    assert UserState.empty(D).vectors.shape == (0, D)
+    assert UserState.empty(D).extended(rows([]), kind="cart", at=5.0, limit=2).product_ids == []
