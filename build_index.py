@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from tqdm import tqdm
 
+from model_user import fill_norms
 from release import ItemEncoder, Release
 from settings import Settings, UserError, run_script
 from shop_data import ShopData
@@ -37,8 +38,11 @@ class IndexOptions(Settings):
     ef_construction: int = Field(64, ge=8, le=1000, description="candidates while an HNSW node is linked")
 
 
-def index_rows(shop: ShopData, release: Release) -> np.ndarray:
-    """Rows of every item as of now: float32 [N, row_width]. Raises UserError when one is not a sound vector."""
+def index_rows(shop: ShopData, release: Release) -> tuple[np.ndarray, float]:
+    """Rows of every item as of now, float32 [N, row_width], and their common length.
+
+    Raises UserError when one is not a sound vector.
+    """
     tower = release.aligned_user_tower(shop.items.product_ids)
     popularity = torch.from_numpy(shop.popularity.coordinates(np.arange(len(shop.items)), shop.now))
     with torch.no_grad():
@@ -50,7 +54,7 @@ def index_rows(shop: ShopData, release: Release) -> np.ndarray:
             f"{len(bad)} item vectors are not finite or not of unit length (first: {shop.items.product_ids[bad[0]]!r}); "
             "train the encoder again"
         )
-    return rows
+    return rows, fill_norms(rows)
 
 
 def queries_of_shoppers(shop: ShopData, release: Release, count: int) -> np.ndarray:
@@ -99,7 +103,7 @@ def main(options: IndexOptions) -> None:
     encoder = ItemEncoder(release, TextEncoder.load(options))
     with Store.open(options) as store:
         shop = ShopData.load(store, encoder, release.manifest["user_tower"]["popularity_days"])
-        rows = index_rows(shop, release)
+        rows, norm = index_rows(shop, release)
         store.vectors.create(release.name, rows.shape[1])
         ids = shop.items.product_ids
         for start in tqdm(range(0, len(ids), COPY_BATCH), desc="copying vectors", unit="batch", leave=False):
@@ -117,7 +121,7 @@ def main(options: IndexOptions) -> None:
                 "asked); raise --hnsw-m or --ef-construction"
             )
         release.record(
-            "index", items=len(ids), dimensions=rows.shape[1], recall=recall, seconds=time.monotonic() - started,
+            "index", items=len(ids), dimensions=rows.shape[1], norm=norm, recall=recall, seconds=time.monotonic() - started,
             options=options.model_dump(mode="json", exclude={"database_url"}),
         )  # fmt: skip
         store.releases.record(release.name, release.manifest)

@@ -18,6 +18,7 @@ import torch
 
 from catalog import Product, RawProduct, Rejected
 from extract_features import LexiconReader, extract
+from model_user import fill_norms
 from release import ItemEncoder, Release
 from settings import Settings, UserError
 from store import Filters, Found, ItemRows, Store, UserState
@@ -108,6 +109,7 @@ class LoadedRelease:
         self.scaler = release.profile_scaler()
         self.prices = PriceScale(**release.manifest["reranker"]["prices"])
         self.trained_re_words = len(self.encoder.re_vocab)
+        self.row_norm = float(release.manifest["index"]["norm"])
         self.allowed_values = {
             field_name: {normalise(value): value for value in values}
             for field_name, values in release.schema().std.items()
@@ -141,7 +143,7 @@ class Recommender:
 
     def __init__(self, store: Store, settings: Settings, text_encoder: TextEncoder) -> None:
         self.store, self.settings, self.text_encoder = store, settings, text_encoder
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # warming up a release may learn its words
         self._loaded: LoadedRelease | None = None
         self._popular: list[str] = []
         self._context = lru_cache(CONTEXT_CACHE)(lambda text: text_encoder.pooled([text])[0])
@@ -387,6 +389,7 @@ class Recommender:
         for row, product_id in enumerate(features.product_ids):
             if product_id in old:
                 rows[row, config.item_width :] = old[product_id][config.item_width :]
+        fill_norms(rows, loaded.row_norm)
         self.store.vectors.upsert(loaded.name, ItemRows(features.product_ids, rows, features.std, features.re))
 
 

@@ -42,7 +42,7 @@ from settings import Settings, UserError
 
 transformers_logging.disable_progress_bar()  # loading takes half a second; downloads keep their own bar
 
-TITLE_TOKENS = 24  # 99 % of shops' titles are shorter; the rest of a longer one is keyword stuffing
+TITLE_TOKENS = 24  # 15 words or so; every further token costs memory for each product
 POOLED_TOKENS = 128  # contexts, attribute values, the start of a description
 CHUNK = 1024  # texts between two writes of the cache: a few seconds of work is what a kill can lose
 SHOW_PROGRESS_FROM = 2_000  # texts; fewer are done before a progress bar is of use

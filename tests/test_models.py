@@ -24,7 +24,7 @@ from model_reranker import (
     transfer,
 )
 from model_simcse import ItemTower, ItemTowerConfig, orthogonal_table
-from model_user import UserTower, UserTowerConfig
+from model_user import UserTower, UserTowerConfig, fill_norms
 from tensors import ItemBatch, RerankBatch, UserBatch
 from train_simcse import alignment_uniformity, nt_xent
 from vocab import MASK, PAD
@@ -188,7 +188,7 @@ NOBODY = UserBatch(
 
 def test_the_query_is_as_wide_as_an_index_row():
     tower = user_tower()
-    assert tower(shoppers()).shape == (2, USER.row_width) == (2, 10)
+    assert tower(shoppers()).shape == (2, USER.row_width) == (2, 11)
     rows = tower.item_rows(torch.arange(4), torch.zeros(4, 5), torch.zeros(4, 3))
     assert rows.shape == (4, USER.row_width)
 
@@ -229,14 +229,26 @@ def test_the_order_of_the_history_matters():
 def test_an_item_without_events_has_no_collaborative_coordinates():
     popularity = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
     rows = user_tower().item_rows(torch.arange(2), torch.zeros(2, 5), popularity)
-    assert rows[0, -2:].abs().sum() > 0
-    assert rows[1, -2:].abs().sum() == 0
+    assert rows[0, -3:-1].abs().sum() > 0
+    assert rows[1, -3:-1].abs().sum() == 0
 
 
 def test_collaborative_coordinates_can_be_switched_off():
     tower = user_tower(replace(USER, collaborative=0))
-    assert tower(shoppers()).shape == (2, 8)
-    assert tower.item_rows(torch.arange(4), torch.zeros(4, 5), torch.zeros(4, 3)).shape == (4, 8)
+    assert tower(shoppers()).shape == (2, 9)
+    assert tower.item_rows(torch.arange(4), torch.zeros(4, 5), torch.zeros(4, 3)).shape == (4, 9)
+
+
+def test_filled_rows_have_one_length_and_the_same_scores():
+    rows = np.random.default_rng(0).normal(size=(20, 6)).astype(np.float32)
+    query = np.append(np.ones(5), 0.0)
+    before = rows @ query
+    length = fill_norms(rows)
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), length, rtol=1e-5)
+    np.testing.assert_allclose(rows @ query, before, rtol=1e-5)
+    longer = np.full((1, 6), 10.0, dtype=np.float32)
+    assert fill_norms(longer, length) == length
+    assert longer[0, -1] == 0.0
 
 
 def test_realign_follows_items_and_gives_new_ones_zero():

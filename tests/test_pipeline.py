@@ -1,0 +1,178 @@
+"""From raw products to ranked answers, on a small shop: every stage real, every script as a person runs it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import psycopg
+import pytest
+
+import build_index
+import extract_features
+import train_reranker
+import train_simcse
+import train_user
+from catalog import Event, RawProduct
+from datasets import sample_shop
+from recommender import Recommender, Request, UnavailableError
+from release import Release
+from settings import Settings, UserError
+from store import Filters, Store
+from tests.tiny import tiny_text_encoder
+from text_encoder import TextEncoder
+
+NOW = sample_shop.NOW.timestamp()
+
+
+@pytest.fixture(scope="module")
+def shop(server):
+    """A trained, live shop: its settings. Built once for this file."""
+    with tempfile.TemporaryDirectory() as name, psycopg.connect(server.url, autocommit=True) as connection:
+        folder = Path(name)
+        os.chmod(folder, 0o755)
+        connection.execute("CREATE DATABASE pipeline TEMPLATE empty_store")
+        tiny_text_encoder(folder / "text")
+        common = {
+            "database_url": server.url.replace("/postgres?", "/pipeline?"), "data_dir": folder / "data",
+            "models_dir": folder / "models", "text_encoder": str(folder / "text"), "_env_file": None,
+        }  # fmt: skip
+        settings = Settings(**common)
+        made = sample_shop.generate(seed=1, products=200, shoppers=120, events=4000, days=40)
+        with Store.open(settings) as store, store.importing("sample") as batch:
+            batch.schema(made.schema)
+            batch.products(made.products)
+            batch.users(made.users)
+            batch.events(made.events)
+        extract_features.main(extract_features.ExtractOptions(**common))
+        train_simcse.main(train_simcse.SimcseOptions(**common, epochs=2, batch_size=64))
+        train_user.main(train_user.UserOptions(**common, epochs=2, batch_size=128, history=10))
+        train_reranker.main(train_reranker.RerankerOptions(**common, epochs=2))
+        build_index.main(build_index.IndexOptions(**common))
+        yield settings
+        connection.execute("DROP DATABASE pipeline WITH (FORCE)")
+
+
+@pytest.fixture
+def asked(shop):
+    """The store and the pipeline over the trained shop."""
+    with Store.open(shop) as store:
+        yield store, Recommender(store, shop, TextEncoder.load(shop))
+
+
+def test_the_release_is_live_and_complete(shop):
+    release = Release.open(shop.models_dir)
+    assert Release.current(shop.models_dir) == release.name
+    assert set(release.manifest["files"]) == {
+        "encoder_stage1.pth", "user_tower.pth", "user_tower_holdout.pth", "reranker_deepfm.pth",
+    }  # fmt: skip
+    assert release.manifest["index"]["items"] == 200
+    assert release.manifest["index"]["recall"] > 0.95
+    assert not list(release.folder.glob("*.checkpoint.pt"))
+
+
+def test_an_answer_has_k_distinct_ranked_items_with_reasons(asked):
+    store, recommender = asked
+    user = store.events.read().user_ids[0]
+    answer = recommender.recommend(Request(user, k=20, now=NOW))
+    assert len({item.product_id for item in answer.items}) == 20
+    assert [item.rank for item in answer.items] == list(range(1, 21))
+    assert [item.score for item in answer.items] == sorted((item.score for item in answer.items), reverse=True)
+    assert all(item.reasons for item in answer.items)
+    assert not answer.warnings
+    assert not answer.degraded
+
+
+def test_the_same_question_has_the_same_answer(asked):
+    request = Request(context="beach vacation", profile={"height_cm": 165.0}, now=NOW)
+    assert asked[1].recommend(request).items == asked[1].recommend(request).items
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"context": "결혼식 하객룩"}, {"profile": {"height_cm": 150.0, "weight_kg": 90.0}}, {"history": ["given"]}],
+)
+def test_context_body_and_history_each_move_the_scores(asked, change):
+    store, recommender = asked
+    if "history" in change:
+        change = {"history": store.events.read().product_ids[:3]}
+    plain = {item.product_id: item.score for item in recommender.recommend(Request(k=100, now=NOW)).items}
+    moved = {item.product_id: item.score for item in recommender.recommend(Request(k=100, now=NOW, **change)).items}
+    both = plain.keys() & moved.keys()
+    assert any(abs(plain[item] - moved[item]) > 1e-4 for item in both)
+
+
+def test_an_unknown_user_and_an_unknown_item_are_said_and_answered(asked):
+    answer = asked[1].recommend(Request("nobody", history=["ghost"], k=5, now=NOW))
+    assert len(answer.items) == 5
+    assert any("nobody" in warning for warning in answer.warnings)
+    assert any("ghost" in warning for warning in answer.warnings)
+
+
+def test_filters_and_exclusions_hold(asked):
+    store, recommender = asked
+    category = next(iter(store.products.read_features()[0].std["category"]))
+    answer = recommender.recommend(Request(filters=Filters({"category": [category]}), k=10, now=NOW))
+    found = [item.product_id for item in answer.items]
+    for product_id in found:
+        product = store.products.get(product_id).product
+        assert category in product.std["category"]
+    again = recommender.recommend(Request(filters=Filters({"category": [category]}), exclude=found[:1], k=10, now=NOW))
+    assert found[0] not in {item.product_id for item in again.items}
+
+
+def test_an_event_changes_the_next_answer(asked):
+    store, recommender = asked
+    before = recommender.recommend(Request("fresh-shopper", k=20, now=NOW))
+    seen = before.items[0].product_id
+    store.events.put([Event(user_id="fresh-shopper", product_id=seen, kind="purchase", at=sample_shop.NOW)])
+    after = recommender.recommend(Request("fresh-shopper", k=20, now=NOW))
+    assert seen not in {item.product_id for item in after.items}
+    assert not after.warnings
+
+
+def test_a_new_product_with_a_new_word_is_found_at_once(asked, shop):
+    store, recommender = asked
+    reader = extract_features.make_reader(extract_features.ReaderSettings(_env_file=None), store.cache)
+    twin = store.products.get(store.products.read_features()[0].product_id).raw
+    new = RawProduct.model_validate(
+        {**twin.model_dump(), "product_id": "brand-new", "attributes": {**twin.attributes, "style": ["zigzagcore"]}}
+    )
+    assert recommender.put_products([new], reader) == []
+    assert "zigzagcore" in store.products.get("brand-new").product.re["style"]
+    near = [neighbour.product_id for neighbour in recommender.similar(twin.product_id, 10)]
+    assert "brand-new" in near
+    # Another worker, with its own copy of the release, meets the new word in what the database returns.
+    other = Recommender(store, shop, TextEncoder.load(shop))
+    answer = other.recommend(Request(history=["brand-new"], k=5, now=NOW))
+    assert not answer.warnings
+    assert np.isfinite([item.score for item in answer.items]).all()
+
+
+def test_similar_items_of_something_unknown_is_a_lookup_error(asked):
+    with pytest.raises(LookupError):
+        asked[1].similar("ghost", 5)
+
+
+def test_without_the_database_the_popular_list_answers_and_a_filter_cannot(asked):
+    store, recommender = asked
+    recommender.live()
+    store.pool.close()
+    answer = recommender.recommend(Request(k=5, now=NOW))
+    assert answer.degraded
+    assert len(answer.items) == 5
+    with pytest.raises(UnavailableError):
+        recommender.recommend(Request(filters=Filters(max_price=1.0), now=NOW))
+
+
+def test_a_changed_weight_file_is_refused(shop, tmp_path):
+    original = Release.open(shop.models_dir)
+    copy = Release.create(tmp_path, "copy")
+    copy.manifest = original.manifest
+    content = bytearray((original.folder / "user_tower.pth").read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy.folder / "user_tower.pth").write_bytes(content)
+    with pytest.raises(UserError, match="sha256"):
+        copy.user_tower()
