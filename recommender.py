@@ -17,7 +17,7 @@ import psycopg
 import torch
 
 from catalog import Product, RawProduct, Rejected
-from extract_features import LexiconReader, extract
+from extract_features import LexiconReader, extract, fingerprints
 from model_user import fill_norms
 from release import ItemEncoder, Release
 from settings import Settings, UserError
@@ -356,7 +356,9 @@ class Recommender:
         self.store.products.put(list(products))
         extractions = [extract(product, schema, reader) for product in products]
         rejected = [value for extraction in extractions for value in extraction.rejected]
-        self.store.products.put_features([extraction.product for extraction in extractions], origin=reader.name)
+        self.store.products.put_features(
+            [extraction.product for extraction in extractions], origin=fingerprints(products, schema, reader)
+        )
         self.store.quarantine.add("api", rejected)
         try:
             loaded = self.live()

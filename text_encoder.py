@@ -39,6 +39,7 @@ from transformers import AutoModel, AutoTokenizer, DistilBertConfig, DistilBertM
 from transformers.utils import logging as transformers_logging
 
 from settings import Settings, UserError
+from tensors import distinct
 
 transformers_logging.disable_progress_bar()  # loading takes half a second; downloads keep their own bar
 
@@ -139,8 +140,8 @@ class TextEncoder:
         A text is cut after `max_tokens` tokens; one without any (empty, spaces, control characters) has zero rows.
         Equal texts are encoded once.
         """
-        distinct, inverse = _distinct(texts)
-        rows = self._tokenise(distinct, max_tokens)
+        unique, inverse = distinct(texts)
+        rows = self._tokenise(unique, max_tokens)
         counts = np.array([sum(row.content) for row in rows], np.int64)
         offsets = _offsets(counts)
         values = np.empty((offsets[-1], self.width), np.float16)
@@ -149,7 +150,7 @@ class TextEncoder:
             for index, vectors in zip(batch, np.split(found, np.cumsum(counts[batch])[:-1]), strict=True):
                 values[offsets[index] : offsets[index + 1]] = vectors
         ragged = Ragged(values, offsets)
-        return ragged if len(distinct) == len(texts) else ragged.take(inverse)
+        return ragged if len(unique) == len(texts) else ragged.take(inverse)
 
     def pooled(
         self, texts: Sequence[str], max_tokens: int = POOLED_TOKENS, batch_size: int = 64
@@ -159,10 +160,10 @@ class TextEncoder:
         The model's own prefix (`text_prefix` in its config, if any) is put before each text, as it was trained.
         Equal texts are encoded once.
         """
-        distinct, inverse = _distinct(texts)
-        rows = self._tokenise([self._prefix + text for text in distinct], max_tokens + self._prefix_tokens)
+        unique, inverse = distinct(texts)
+        rows = self._tokenise([self._prefix + text for text in unique], max_tokens + self._prefix_tokens)
         worded = np.flatnonzero([sum(row.content) > self._prefix_tokens for row in rows])
-        vectors = np.zeros((len(distinct), self.width), np.float32)
+        vectors = np.zeros((len(unique), self.width), np.float32)
         for batch, hidden, attended, _ in self._forward(rows, worded, batch_size):
             weights = attended[..., None].to(hidden.dtype)  # (B, T, 1)
             vectors[batch] = ((hidden * weights).sum(1) / weights.sum(1)).float().cpu().numpy()
@@ -581,13 +582,6 @@ def _fingerprint(model: Any, tokenizer: Any) -> str:
         else json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
     )
     return digest.hexdigest()
-
-
-def _distinct(texts: Sequence[str]) -> tuple[list[str], npt.NDArray[np.int64]]:
-    """The distinct texts, and for each text its place among them."""
-    places: dict[str, int] = {}
-    inverse = np.array([places.setdefault(text, len(places)) for text in texts], np.int64)
-    return list(places), inverse
 
 
 def _valid(text: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -67,6 +68,7 @@ class Service:
         self.recommender: pipeline.Recommender | None = None
         self.reader: LexiconReader | None = None
         self.problem = "starting"
+        self.opening = threading.Lock()
         self.registry = CollectorRegistry()
         self.requests = Counter("styletower_requests", "Requests", ["route", "status"], registry=self.registry)
         self.seconds = Histogram("styletower_stage_seconds", "Seconds a stage", ["stage"], registry=self.registry)
@@ -75,23 +77,24 @@ class Service:
 
     def open(self) -> None:
         """Everything a request needs. Raises UserError or UnavailableError while something is missing; call again."""
-        if self.store is None:
-            self.store = Store.open(self.settings, statement_seconds=REQUEST_SECONDS)
-        if self.recommender is None:
-            encoder = TextEncoder.load(self.settings)
-            self.recommender = pipeline.Recommender(self.store, self.settings, encoder)
-            self.reader = LexiconReader(Lexicon.load(LEXICON))
+        with self.opening:  # two callers must not start two of anything
+            if self.store is None:
+                self.store = Store.open(self.settings, statement_seconds=REQUEST_SECONDS)
+            if self.recommender is None:
+                encoder = TextEncoder.load(self.settings)
+                self.reader = LexiconReader(Lexicon.load(LEXICON))
+                self.recommender = pipeline.Recommender(self.store, self.settings, encoder)
         self.recommender.live()
 
-    def check(self) -> str | None:
-        """None when ready, else the reason. Retries what was missing."""
+    def check(self) -> str:
+        """Why nothing can be answered; empty when ready. Retries what was missing."""
         try:
             self.open()
             assert self.store is not None
             self.store.products.existing([])
         except (UserError, pipeline.UnavailableError, psycopg.Error) as error:
             return " ".join(str(error).split()) or type(error).__name__
-        return None
+        return ""
 
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
@@ -131,8 +134,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     torch.set_num_threads(1)  # two threads beside another busy process make a 1.5 ms forward take 10 to 48
     service = Service(Settings())
     app.state.service = service
-    # The store is opened here, on the main thread: the embedded server lives as long as the thread that started it.
-    service.problem = service.check() or ""
+    service.problem = service.check()  # before the first request: whatever it waits for, nobody waits behind it
     if service.problem:
         log.warning("not ready: %s", service.problem)
     yield
@@ -192,10 +194,7 @@ async def health() -> Health:
 @app.get("/ready", responses={503: {"model": Health}})
 async def ready(service: ServiceDep, response: Response) -> Health:
     """Requests can be answered: database there, release loaded and warm."""
-    if service.store is None:  # on this thread: see lifespan
-        service.problem = service.check() or ""
-    else:
-        service.problem = await service.run(lambda: service.check() or "")
+    service.problem = await service.run(service.check)
     if service.problem:
         response.status_code = 503
         return Health(status="not ready", reason=service.problem)

@@ -142,6 +142,8 @@ def test_a_new_product_with_a_new_word_is_found_at_once(asked, shop):
     )
     assert recommender.put_products([new], reader) == []
     assert "zigzagcore" in store.products.get("brand-new").product.re["style"]
+    # Read once is enough: the next extract_features.py leaves it alone.
+    assert store.products.origins()["brand-new"] == extract_features.fingerprints([new], store.schema(), reader)[0]
     near = [neighbour.product_id for neighbour in recommender.similar(twin.product_id, 10)]
     assert "brand-new" in near
     # Another worker, with its own copy of the release, meets the new word in what the database returns.
