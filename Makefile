@@ -28,7 +28,7 @@ train: $(VENV)/installed
 	$(RUN) import_data.py sample
 	$(RUN) extract_features.py
 	$(RUN) train_simcse.py --epochs 6
-	$(RUN) train_user.py
+	$(RUN) train_user.py --epochs 4 --learning-rate 0.002 --history 20
 	$(RUN) train_reranker.py
 	$(RUN) build_index.py
 

@@ -17,6 +17,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from model_user import fill_norms
+from recommender import Recommender
 from release import ItemEncoder, Release
 from settings import Settings, UserError, run_script
 from shop_data import ShopData
@@ -94,6 +95,23 @@ def check_not_worse(release: Release, options: IndexOptions) -> None:
             )
 
 
+def catch_up(store: Store, options: IndexOptions, text_encoder: TextEncoder, before: dict[str, str]) -> None:
+    """Index what changed while the release was built: the API put it into the release that was live then.
+
+    before: who read which product's features, from a moment before the catalogue was read.
+    """
+    now = store.products.origins()
+    changed = [
+        product
+        for product in store.products.read_features()
+        if now.get(product.product_id) != before.get(product.product_id)
+    ]
+    if changed:
+        recommender = Recommender(store, options, text_encoder)
+        recommender.index(recommender.live(), changed)
+        print(f"{len(changed)} products that changed meanwhile are indexed too")
+
+
 def main(options: IndexOptions) -> None:
     started = time.monotonic()
     release = Release.open(options.models_dir, options.release)
@@ -102,6 +120,7 @@ def main(options: IndexOptions) -> None:
             raise UserError(f"release {release.name} has no {needed} yet; run the training script that makes it")
     encoder = ItemEncoder(release, TextEncoder.load(options))
     with Store.open(options) as store:
+        origins = store.products.origins()
         shop = ShopData.load(store, encoder, release.manifest["user_tower"]["popularity_days"])
         rows, norm = index_rows(shop, release)
         store.vectors.create(release.name, rows.shape[1])
@@ -125,11 +144,13 @@ def main(options: IndexOptions) -> None:
             options=options.model_dump(mode="json", exclude={"database_url"}),
         )  # fmt: skip
         store.releases.record(release.name, release.manifest)
-    print(f"release {release.name}: {len(ids)} items indexed, recall@{CHECKED_AT} of the index {recall:.4f}")
-    if options.live:
-        check_not_worse(release, options)
-        release.make_live()
-        print(f"release {release.name} is live")
+        print(f"release {release.name}: {len(ids)} items indexed, recall@{CHECKED_AT} of the index {recall:.4f}")
+        if options.live:
+            check_not_worse(release, options)
+            release.make_live()
+            print(f"release {release.name} is live")
+            # Only now: a product put from here on goes into this release by itself.
+            catch_up(store, options, encoder.text_encoder, origins)
 
 
 if __name__ == "__main__":

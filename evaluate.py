@@ -191,10 +191,8 @@ def main(options: EvaluateOptions) -> None:
         recommender = Recommender(store, options, TextEncoder.load(options))
         retrieved, reranked = [], []
         for case in tqdm(cases, desc=options.what, unit="shopper"):
-            exclude = sorted(seen.get(case.user_id, set()))
-            answer = recommender.recommend(
-                Request(case.user_id, context=case.context, exclude=exclude, k=RETRIEVED, now=case.at)
-            )
+            # What the shopper met before the cut is not offered: the pipeline's own rule.
+            answer = recommender.recommend(Request(case.user_id, context=case.context, k=RETRIEVED, now=case.at))
             reranked.append([item.product_id for item in answer.items])
             retrieved.append([item.product_id for item in sorted(answer.items, key=lambda item: item.retrieval_rank)])
         lists["styletower", "retrieval"] = retrieved

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
@@ -38,6 +38,7 @@ from vocab import FIRST_WORD, UNKNOWN, normalise
 CANDIDATES = 100  # that retrieval hands to the reranker
 FALLBACK_ITEMS = 200  # popular items kept in memory for when the database is away
 CONTEXT_CACHE = 10_000  # context texts whose vectors are remembered
+AWAY_SECONDS = 1.0  # for so long after a failure nobody waits for a database that is known to be away
 MAX_REASONS = 4
 # An attribute counts as the shopper's own when at least this share of their history carries it.
 REASON_SHARE = 0.2
@@ -74,6 +75,8 @@ class Reason:
 @dataclass(frozen=True)
 class Recommended:
     product_id: str
+    title: str
+    price: float | None
     rank: int  # from 1
     score: float  # the reranker's logit; comparable within one answer only
     stage: str  # what put it there: "reranker", "retrieval" (no reranker score), "popular" (fallback)
@@ -94,6 +97,8 @@ class Answer:
 @dataclass(frozen=True)
 class Neighbour:
     product_id: str
+    title: str
+    price: float | None
     rank: int
     score: float  # cosine
 
@@ -145,7 +150,8 @@ class Recommender:
         self.store, self.settings, self.text_encoder = store, settings, text_encoder
         self._lock = threading.RLock()  # warming up a release may learn its words
         self._loaded: LoadedRelease | None = None
-        self._popular: list[str] = []
+        self._popular: list[Recommended] = []
+        self._away_until = 0.0  # of time.monotonic()
         self._context = lru_cache(CONTEXT_CACHE)(lambda text: text_encoder.pooled([text])[0])
 
     # ---------------------------------------------------------------------------------------------------------- releases
@@ -172,8 +178,10 @@ class Recommender:
     def _warm_up(self, loaded: LoadedRelease) -> None:
         """Answer once for nobody: the first real request then finds everything in place, and the fallback is known."""
         try:
-            answer = self._answer(loaded, Request(k=CANDIDATES, exclude_history=False))
-            self._popular = [item.product_id for item in answer.items][:FALLBACK_ITEMS]
+            answer = self._answer(loaded, Request(k=FALLBACK_ITEMS))
+            self._popular = [
+                replace(item, score=0.0, stage="popular", reasons=[Reason("popular")]) for item in answer.items
+            ]
         except psycopg.Error:
             self._popular = []
 
@@ -185,19 +193,24 @@ class Recommender:
         the popular items in memory, marked `degraded`.
         """
         loaded = self.live()
+        if time.monotonic() < self._away_until:
+            return self._fallback(loaded, request)
         try:
             return self._answer(loaded, request)
-        except (psycopg.OperationalError, psycopg.errors.UndefinedTable, TimeoutError) as error:
-            if not self._popular or request.filters != Filters():
-                raise UnavailableError(f"the database does not answer ({type(error).__name__})") from error
-            unwanted = {*request.exclude, *request.history}
-            ids = [product_id for product_id in self._popular if product_id not in unwanted][: request.k]
-            items = [
-                Recommended(product_id, rank, 0.0, "popular", rank, [Reason("popular")])
-                for rank, product_id in enumerate(ids, start=1)
-            ]
-            warning = "the database does not answer; this is the list of popular items"
-            return Answer(items, loaded.name, "cache", {"total": 0.0}, [warning], degraded=True)
+        except (psycopg.errors.QueryCanceled, psycopg.errors.UndefinedTable):
+            return self._fallback(loaded, request)
+        except psycopg.OperationalError:
+            self._away_until = time.monotonic() + AWAY_SECONDS
+            return self._fallback(loaded, request)
+
+    def _fallback(self, loaded: LoadedRelease, request: Request) -> Answer:
+        if not self._popular or request.filters != Filters():
+            raise UnavailableError("the database does not answer")
+        unwanted = {*request.exclude, *request.history}
+        kept = [item for item in self._popular if item.product_id not in unwanted][: request.k]
+        items = [replace(item, rank=rank) for rank, item in enumerate(kept, start=1)]
+        warning = "the database does not answer; this is the list of popular items"
+        return Answer(items, loaded.name, "cache", {"total": 0.0}, [warning], degraded=True)
 
     def _answer(self, loaded: LoadedRelease, request: Request) -> Answer:
         clock = _Clock()
@@ -209,10 +222,10 @@ class Recommender:
             with torch.inference_mode():
                 query = loaded.user_tower(batch).numpy()  # (1, D)
         with clock("search"):
-            met = state.product_ids if request.exclude_history else []
+            met, met_by = (request.history, request.user_id) if request.exclude_history else ([], None)
             exclude = list(dict.fromkeys([*request.exclude, *met]))
             found = self.store.vectors.search(
-                loaded.name, query[0], max(request.k, CANDIDATES), request.filters, exclude
+                loaded.name, query[0], max(request.k, CANDIDATES), request.filters, exclude, met_by=met_by
             )
         with clock("rerank"):
             self._know_words(loaded, found.re_ids)
@@ -220,7 +233,8 @@ class Recommender:
         with clock("explain"):
             items = [
                 Recommended(
-                    found.product_ids[row], rank, float(scores[row]), "reranker", int(row) + 1,
+                    found.product_ids[row], found.titles[row], _known(found.price[row]), rank, float(scores[row]),
+                    "reranker", int(row) + 1,
                     self._reasons(loaded, found, row, past, dense, request.context),
                 )
                 for rank, row in enumerate(order[: request.k], start=1)
@@ -342,8 +356,10 @@ class Recommender:
         query[loaded.item_width :] = 0.0  # likeness alone, however popular
         found = self.store.vectors.search(loaded.name, query, k, Filters(), [product_id])
         return [
-            Neighbour(other, rank, float(score))
-            for rank, (other, score) in enumerate(zip(found.product_ids, found.scores, strict=True), start=1)
+            Neighbour(other, title, _known(price), rank, float(score))
+            for rank, (other, title, price, score) in enumerate(
+                zip(found.product_ids, found.titles, found.price, found.scores, strict=True), start=1
+            )
         ]
 
     def put_products(self, products: Sequence[RawProduct], reader: LexiconReader) -> list[Rejected]:
@@ -364,10 +380,11 @@ class Recommender:
             loaded = self.live()
         except UnavailableError:
             return rejected
-        self._index(loaded, [extraction.product for extraction in extractions])
+        self.index(loaded, [extraction.product for extraction in extractions])
         return rejected
 
-    def _index(self, loaded: LoadedRelease, products: Sequence[Product]) -> None:
+    def index(self, loaded: LoadedRelease, products: Sequence[Product]) -> None:
+        """Embed products and put their rows into a release: searches find them at once."""
         encoder = loaded.encoder
         words = {
             (field_name, normalise(value))
@@ -393,6 +410,10 @@ class Recommender:
                 rows[row, config.item_width :] = old[product_id][config.item_width :]
         fill_norms(rows, loaded.row_norm)
         self.store.vectors.upsert(loaded.name, ItemRows(features.product_ids, rows, features.std, features.re))
+
+
+def _known(price: float) -> float | None:
+    return None if np.isnan(price) else float(price)
 
 
 class _Clock:

@@ -52,6 +52,7 @@ LEXICON = FilePath(__file__).parent.parent / "lexicon.json"
 THREADS = 4
 MAX_WAITING = 64  # requests in the pool's queue; beyond, 503 at once
 REQUEST_SECONDS = 5.0
+RETRY_SECONDS = 2.0  # between attempts to open what was missing at the start
 log = logging.getLogger("styletower")
 
 Result = TypeVar("Result")
@@ -96,6 +97,12 @@ class Service:
             return " ".join(str(error).split()) or type(error).__name__
         return ""
 
+    async def keep_trying(self) -> None:
+        """What was missing at the start may come; nobody has to ask for it."""
+        while self.recommender is None:
+            await asyncio.sleep(RETRY_SECONDS)
+            self.problem = await asyncio.get_running_loop().run_in_executor(self.pool, self.check)
+
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
         if self.store is not None:
@@ -137,7 +144,9 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     service.problem = service.check()  # before the first request: whatever it waits for, nobody waits behind it
     if service.problem:
         log.warning("not ready: %s", service.problem)
+    trying = asyncio.create_task(service.keep_trying())
     yield
+    trying.cancel()
     service.close()
 
 

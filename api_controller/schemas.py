@@ -60,6 +60,8 @@ class ReasonBody(BaseModel):
 
 class ItemBody(BaseModel):
     product_id: str
+    title: str
+    price: float | None
     rank: int
     score: float
     stage: str
@@ -78,6 +80,8 @@ class RecommendAnswer(BaseModel):
 
 class NeighbourBody(BaseModel):
     product_id: str
+    title: str
+    price: float | None
     rank: int
     score: float
 

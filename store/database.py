@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -35,6 +36,8 @@ MIGRATION_LOCK = 0x5354_0001  # key of the advisory lock that lets one process m
 MIN_PGVECTOR = (0, 8, 4)
 CONNECT_TIMEOUT = 5  # seconds
 MAX_CONNECTIONS = 10
+# A pool's attempts come ever more seldom; after so long it gives up, and the next request starts anew.
+RECONNECT_SECONDS = 2
 
 
 class Store:
@@ -48,7 +51,8 @@ class Store:
             url,
             min_size=1,
             max_size=MAX_CONNECTIONS,
-            timeout=CONNECT_TIMEOUT,
+            timeout=min(CONNECT_TIMEOUT, (statement_seconds or math.inf) / 2),  # waiting for a connection
+            reconnect_timeout=RECONNECT_SECONDS,
             kwargs={"autocommit": True, "connect_timeout": CONNECT_TIMEOUT},
             configure=partial(_configure, statement_seconds=statement_seconds),
             open=True,

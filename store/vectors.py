@@ -33,32 +33,36 @@ _COLUMNS = sql.SQL("product_id, vector, std_ids, re_ids")
 # The wire form as bytes: a hundred rows become one array at once (`stack_vectors`, `stack_ids`), not number by number.
 BINARY = sql.SQL("vector_send(vector), array_send(std_ids), array_send(re_ids)")
 
+# What a shopper met, however long ago. A subquery, not a list: nobody carries ten thousand ids to and fro.
+_MET = sql.SQL("(SELECT product_id FROM events WHERE user_id = %(met_by)s::text)")
+
 # "+ 0" because the planner believes that an index gives its rows in order, and an iterative scan does not.
 _HNSW = sql.SQL("""
     WITH nearest AS MATERIALIZED (
-        SELECT v.product_id, v.vector <#> %(query)b AS distance, v.vector, v.std_ids, v.re_ids, p.price
+        SELECT v.product_id, v.vector <#> %(query)b AS distance, v.vector, v.std_ids, v.re_ids, p.price, p.title
         FROM {vectors} AS v JOIN products AS p USING (product_id)
-        WHERE p.std IS NOT NULL AND v.product_id <> ALL(%(exclude)s::text[]) AND {filters}
+        WHERE p.std IS NOT NULL AND v.product_id <> ALL(%(exclude)s::text[]) AND v.product_id NOT IN {met} AND {filters}
         ORDER BY v.vector <#> %(query)b LIMIT %(limit)s
     )
-    SELECT product_id, -distance, {binary}, price FROM nearest ORDER BY distance + 0, product_id
+    SELECT product_id, -distance, {binary}, price, title FROM nearest ORDER BY distance + 0, product_id
 """)
 
 # The distances are computed inside a materialised step and sorted outside of it, where no index can offer its order.
 # `kept` may stop one above the bound: then the filter keeps too many and nothing is scored.
 _EXACT = sql.SQL("""
     WITH kept AS MATERIALIZED (
-        SELECT product_id, price FROM products WHERE std IS NOT NULL AND {filters} {bound}
+        SELECT product_id FROM products WHERE std IS NOT NULL AND {filters} {bound}
     ), scored AS MATERIALIZED (
-        SELECT product_id, v.vector <#> %(query)b AS distance, kept.price
+        SELECT product_id, v.vector <#> %(query)b AS distance
         FROM kept JOIN {vectors} AS v USING (product_id)
-        WHERE product_id <> ALL(%(exclude)s::text[]) AND {within}
+        WHERE product_id <> ALL(%(exclude)s::text[]) AND product_id NOT IN {met} AND {within}
     ), best AS MATERIALIZED (
         SELECT * FROM scored ORDER BY distance, product_id LIMIT %(limit)s
     )
-    SELECT total.kept, product_id, -distance, {binary}, price
+    SELECT total.kept, product_id, -distance, {binary}, price, title
     FROM (SELECT count(*) AS kept FROM kept) AS total
-    LEFT JOIN (best JOIN {vectors} USING (product_id)) ON true ORDER BY distance, product_id
+    LEFT JOIN (best JOIN {vectors} USING (product_id) JOIN products USING (product_id)) ON true
+    ORDER BY distance, product_id
 """)
 
 
@@ -92,6 +96,7 @@ class Found:
     std_ids: np.ndarray  # int32 [n, S]
     re_ids: np.ndarray  # int32 [n, R]
     price: np.ndarray  # float64 [n], nan if unknown
+    titles: list[str]
     plan: str  # "hnsw", "hnsw-iterative" or "exact"
 
 
@@ -231,17 +236,19 @@ class Vectors:
         filters: Filters | None = None,
         exclude: Sequence[str] = (),
         ef_search: int | None = None,
+        met_by: str | None = None,
     ) -> Found:
         """The `limit` items with the greatest inner product with `query` (float32 [D]) that pass `filters`.
 
-        Products that were deleted, have no features or are in `exclude` never appear. Fewer than `limit` come back
-        only when no more match. Without filters it is one round trip.
+        Products that were deleted, have no features, are in `exclude` or were met by the user `met_by` never appear.
+        Fewer than `limit` come back only when no more match. Without filters it is one round trip.
         """
         conditions, parameters = _conditions(filters or Filters())
         where = sql.SQL(" AND ").join(conditions) if conditions else sql.SQL("true")
         parameters |= {
             "query": np.ascontiguousarray(query, dtype=np.float32),
             "exclude": list(exclude),
+            "met_by": met_by,
             "limit": limit,
         }
         ef_search = min(max(ef_search or DEFAULT_EF_SEARCH, limit), MAX_EF_SEARCH)
@@ -348,7 +355,7 @@ def _hnsw(
         "enable_seqscan": "off",
         "enable_sort": "off",
     }
-    query = _HNSW.format(vectors=table_of(release), filters=where, binary=BINARY)
+    query = _HNSW.format(vectors=table_of(release), met=_MET, filters=where, binary=BINARY)
     return _query(connection, settings, query, parameters, prepare)
 
 
@@ -363,7 +370,7 @@ def _estimate(connection: Connection[Any], where: sql.Composable, parameters: di
 def _exact(connection: Connection[Any], release: str, where: sql.Composable, parameters: dict[str, Any]) -> Found:
     """All matches scored and sorted."""
     query = _EXACT.format(
-        vectors=table_of(release), filters=where, bound=sql.SQL(""), within=sql.SQL("true"), binary=BINARY
+        vectors=table_of(release), met=_MET, filters=where, bound=sql.SQL(""), within=sql.SQL("true"), binary=BINARY
     )
     rows = _query(connection, {}, query, parameters, prepare=False)
     return _found([row[1:] for row in rows if row[1] is not None], "exact")
@@ -375,6 +382,7 @@ def _exact_if_few(
     """`_exact`, or None without having scored anything if the filter keeps more than EXACT_LIMIT products."""
     query = _EXACT.format(
         vectors=table_of(release),
+        met=_MET,
         filters=where,
         bound=sql.SQL("LIMIT %(bound)s + 1"),
         within=sql.SQL("(SELECT count(*) FROM kept) <= %(bound)s"),
@@ -409,7 +417,7 @@ def _query(
 
 
 def _found(rows: Sequence[Any], plan: str) -> Found:
-    product_ids, scores, vectors, std_ids, re_ids, price = zip(*rows, strict=True) if rows else ((),) * 6
+    product_ids, scores, vectors, std_ids, re_ids, price, titles = zip(*rows, strict=True) if rows else ((),) * 7
     return Found(
         list(product_ids),
         np.array(scores, dtype=np.float32),
@@ -417,5 +425,6 @@ def _found(rows: Sequence[Any], plan: str) -> Found:
         stack_ids(std_ids),
         stack_ids(re_ids),
         np.array(price, dtype=np.float64),  # None becomes nan
+        list(titles),
         plan,
     )

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import psycopg
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 
+import build_index
+import extract_features
+import train_reranker
+import train_simcse
+import train_user
+from datasets import sample_shop
 from settings import Settings
 from store import Store, embedded
+from tests.tiny import tiny_text_encoder
 
 TEMPLATE = "empty_store"
 
@@ -55,6 +65,43 @@ def new_database(server: embedded.EmbeddedServer) -> NewDatabase:
             connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
     return create
+
+
+NewShop = Callable[[], AbstractContextManager[Settings]]
+
+
+@pytest.fixture(scope="session")
+def new_shop(new_database: NewDatabase) -> Iterator[NewShop]:
+    """Gives a copy of a small trained, live shop for the length of a `with` block. Trained once, by the scripts themselves."""
+    with tempfile.TemporaryDirectory() as name, new_database(TEMPLATE) as url:
+        folder = Path(name)
+        os.chmod(folder, 0o755)
+        tiny_text_encoder(folder / "text")
+        common: dict[str, Any] = {
+            "database_url": url, "data_dir": folder / "data", "models_dir": folder / "models",
+            "text_encoder": str(folder / "text"), "_env_file": None,
+        }  # fmt: skip
+        settings = Settings(**common)
+        made = sample_shop.generate(seed=1, products=200, shoppers=120, events=4000, days=40)
+        with Store.open(settings) as store, store.importing("sample") as batch:
+            batch.schema(made.schema)
+            batch.products(made.products)
+            batch.users(made.users)
+            batch.events(made.events)
+        extract_features.main(extract_features.ExtractOptions(**common))
+        train_simcse.main(train_simcse.SimcseOptions(**common, epochs=2, batch_size=64))
+        train_user.main(train_user.UserOptions(**common, epochs=2, batch_size=128, history=10))
+        train_reranker.main(train_reranker.RerankerOptions(**common, epochs=2))
+        build_index.main(build_index.IndexOptions(**common))
+
+        @contextmanager
+        def copy() -> Iterator[Settings]:
+            template = str(conninfo_to_dict(url)["dbname"])
+            with tempfile.TemporaryDirectory() as copied, new_database(template) as database_url:
+                models = shutil.copytree(folder / "models", Path(copied) / "models")
+                yield settings.model_copy(update={"database_url": database_url, "models_dir": models})
+
+        yield copy
 
 
 @pytest.fixture

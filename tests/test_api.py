@@ -3,69 +3,32 @@
 from __future__ import annotations
 
 import os
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
-import time
-from pathlib import Path
 
-import httpx
 import pytest
 
-ROOT = Path(__file__).parent.parent
-DEADLINE = 90.0  # seconds; a cold start makes the text encoder and the database
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from tests.serving import serving
 
 
 @pytest.fixture(scope="module")
 def service():
-    """A server on an empty folder: its process and a client."""
+    """A server on an empty folder: a client of it."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
-        port = free_port()
-        environment = {**os.environ, "DATA_DIR": f"{folder}/data", "MODELS_DIR": f"{folder}/models", "DATABASE_URL": ""}
-        command = [
-            sys.executable,
-            "-m",
-            "uvicorn",
-            "api_controller.app:app",
-            "--port",
-            str(port),
-            "--log-level",
-            "warning",
-        ]
-        process = subprocess.Popen(command, cwd=ROOT, env=environment)
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=DEADLINE) as client:
-            deadline = time.monotonic() + DEADLINE
-            while True:
-                try:
-                    client.get("/health")
-                    break
-                except httpx.TransportError:
-                    assert process.poll() is None, "the server ended"
-                    assert time.monotonic() < deadline, "the server does not listen"
-            yield process, client
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(DEADLINE) in (0, -signal.SIGTERM)
+        environment = {"DATA_DIR": f"{folder}/data", "MODELS_DIR": f"{folder}/models", "DATABASE_URL": ""}
+        with serving(environment) as (_, client):
+            yield client
 
 
 def test_alive_but_not_ready_without_a_release(service):
-    _, client = service
-    assert client.get("/health").json()["status"] == "ok"
-    answer = client.get("/ready")
+    assert service.get("/health").json()["status"] == "ok"
+    answer = service.get("/ready")
     assert answer.status_code == 503
     assert "no release is live yet" in answer.json()["reason"]
 
 
 def test_recommend_without_a_release_is_a_clear_503(service):
-    answer = service[1].post("/recommend", json={})
+    answer = service.post("/recommend", json={})
     assert answer.status_code == 503
     assert answer.headers["retry-after"]
     assert "no release is live yet" in answer.json()["detail"]
@@ -83,14 +46,14 @@ def test_recommend_without_a_release_is_a_clear_503(service):
     ],
 )
 def test_a_bad_value_is_a_422_that_names_the_field(service, body, field):
-    answer = service[1].post("/recommend", json=body)
+    answer = service.post("/recommend", json=body)
     assert answer.status_code == 422
     assert field in {part for error in answer.json()["detail"] for part in error["loc"]}
 
 
 @pytest.mark.parametrize("content", [b"{", b'{"profile": {"height_cm": NaN}}', b"[" * 100_000, b"\xff"])
 def test_broken_json_is_never_a_500(service, content):
-    answer = service[1].post("/recommend", content=content, headers={"Content-Type": "application/json"})
+    answer = service.post("/recommend", content=content, headers={"Content-Type": "application/json"})
     assert 400 <= answer.status_code < 500
 
 
@@ -101,29 +64,29 @@ def chunks():
 
 @pytest.mark.parametrize("content", [b" " * (2**20 + 1), chunks])
 def test_a_body_over_one_megabyte_is_a_413(service, content):
-    answer = service[1].post("/recommend", content=content() if callable(content) else content)
+    answer = service.post("/recommend", content=content() if callable(content) else content)
     assert answer.status_code == 413
 
 
 def test_events_on_products_that_are_not_there_are_named_and_nothing_is_stored(service):
     event = {"user_id": "u", "product_id": "ghost", "kind": "view", "at": "2026-01-01T00:00:00Z"}
-    answer = service[1].post("/events", json=[event])
+    answer = service.post("/events", json=[event])
     assert answer.status_code == 200
     assert answer.json() == {"stored": 0, "duplicates": 0, "unknown_products": ["ghost"]}
 
 
 def test_a_profile_is_stored(service):
-    answer = service[1].put("/users/u1", json={"profile": {"height_cm": 172}})
+    answer = service.put("/users/u1", json={"profile": {"height_cm": 172}})
     assert answer.status_code == 200
     assert answer.json() == {"user_id": "u1", "profile": {"height_cm": 172.0}}
 
 
 @pytest.mark.parametrize("path", ["/items/ghost", "/nowhere"])
 def test_what_is_not_there_is_a_404(service, path):
-    assert service[1].get(path).status_code == 404
+    assert service.get(path).status_code == 404
 
 
 def test_metrics_count_requests_and_ids_come_back(service):
-    answer = service[1].get("/health", headers={"X-Request-ID": "abc"})
+    answer = service.get("/health", headers={"X-Request-ID": "abc"})
     assert answer.headers["x-request-id"] == "abc"
-    assert 'styletower_requests_total{route="/health",status="200"}' in service[1].get("/metrics").text
+    assert 'styletower_requests_total{route="/health",status="200"}' in service.get("/metrics").text

@@ -2,57 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from pathlib import Path
-
 import numpy as np
-import psycopg
 import pytest
 
-import build_index
 import extract_features
-import train_reranker
-import train_simcse
-import train_user
 from catalog import Event, RawProduct
 from datasets import sample_shop
 from recommender import Recommender, Request, UnavailableError
 from release import Release
-from settings import Settings, UserError
+from settings import UserError
 from store import Filters, Store
-from tests.tiny import tiny_text_encoder
 from text_encoder import TextEncoder
 
 NOW = sample_shop.NOW.timestamp()
 
 
 @pytest.fixture(scope="module")
-def shop(server):
-    """A trained, live shop: its settings. Built once for this file."""
-    with tempfile.TemporaryDirectory() as name, psycopg.connect(server.url, autocommit=True) as connection:
-        folder = Path(name)
-        os.chmod(folder, 0o755)
-        connection.execute("CREATE DATABASE pipeline TEMPLATE empty_store")
-        tiny_text_encoder(folder / "text")
-        common = {
-            "database_url": server.url.replace("/postgres?", "/pipeline?"), "data_dir": folder / "data",
-            "models_dir": folder / "models", "text_encoder": str(folder / "text"), "_env_file": None,
-        }  # fmt: skip
-        settings = Settings(**common)
-        made = sample_shop.generate(seed=1, products=200, shoppers=120, events=4000, days=40)
-        with Store.open(settings) as store, store.importing("sample") as batch:
-            batch.schema(made.schema)
-            batch.products(made.products)
-            batch.users(made.users)
-            batch.events(made.events)
-        extract_features.main(extract_features.ExtractOptions(**common))
-        train_simcse.main(train_simcse.SimcseOptions(**common, epochs=2, batch_size=64))
-        train_user.main(train_user.UserOptions(**common, epochs=2, batch_size=128, history=10))
-        train_reranker.main(train_reranker.RerankerOptions(**common, epochs=2))
-        build_index.main(build_index.IndexOptions(**common))
+def shop(new_shop):
+    """A trained, live shop: its settings."""
+    with new_shop() as settings:
         yield settings
-        connection.execute("DROP DATABASE pipeline WITH (FORCE)")
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -132,6 +133,18 @@ def test_upserted_rows_replace_and_are_found_at_once(indexed):
     found = indexed.vectors.search(RELEASE, QUERIES[0], LIMIT)
     assert found.product_ids[0] == IDS[7]
     assert (found.std_ids[0].tolist(), found.re_ids[0].tolist()) == ([1, 2], [3, 4, 5])
+
+
+@pytest.mark.parametrize("filters", [Filters(), Filters(min_price=0.0)])
+def test_what_a_shopper_met_is_left_out_however_much_it_is(indexed, filters):
+    met = best(QUERIES[0], range(N))
+    at = datetime(2026, 1, 1, tzinfo=UTC)
+    indexed.events.put([Event(user_id="u", product_id=product_id, kind="view", at=at) for product_id in met])
+    found = indexed.vectors.search(RELEASE, QUERIES[0], LIMIT, filters, met_by="u")
+    assert len(found.product_ids) == LIMIT
+    assert not set(found.product_ids) & set(met)
+    assert found.titles == ["t"] * LIMIT
+    assert set(indexed.vectors.search(RELEASE, QUERIES[0], LIMIT, filters, met_by="other").product_ids) & set(met)
 
 
 def test_a_new_product_is_found_at_once(indexed):

@@ -1,0 +1,66 @@
+"""The service as a real process, as `uvicorn api_controller.app:app` starts it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from settings import Settings
+
+ROOT = Path(__file__).parent.parent
+DEADLINE = 90.0  # seconds; a cold start makes the text encoder and the database
+
+
+def environment_of(shop: Settings) -> dict[str, str]:
+    """What a process needs to serve `shop`."""
+    return {
+        "DATABASE_URL": shop.database_url, "DATA_DIR": str(shop.data_dir), "MODELS_DIR": str(shop.models_dir),
+        "TEXT_ENCODER": shop.text_encoder,
+    }  # fmt: skip
+
+
+@contextmanager
+def serving(environment: Mapping[str, str], *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
+    """A server that listens: its process and a client. At the end it is asked to stop, unless it has ended."""
+    port = _free_port()
+    command = [sys.executable, "-m", "uvicorn", "api_controller.app:app", "--port", str(port), "--log-level", "warning"]
+    process = subprocess.Popen([*command, *arguments], cwd=ROOT, env={**os.environ, **environment})
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=DEADLINE) as client:
+            eventually(lambda: _listens(process, client))
+            yield process, client
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        process.wait(DEADLINE)
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    """Ask again until it holds."""
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.05)
+
+
+def _listens(process: subprocess.Popen[bytes], client: httpx.Client) -> bool:
+    assert process.poll() is None, "the server ended"
+    try:
+        return client.get("/health").is_success
+    except httpx.TransportError:
+        return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

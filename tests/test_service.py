@@ -1,0 +1,286 @@
+"""A trained shop behind a real server process: what a client sees when things happen, and what is left when it dies."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
+
+from catalog import User
+from release import Release
+from settings import Settings
+from store import Store
+from tests.serving import environment_of, eventually, serving
+from tests.tiny import tiny_text_encoder
+
+
+@pytest.fixture(scope="module")
+def shop(new_shop):
+    with new_shop() as settings:
+        yield settings
+
+
+@pytest.fixture(scope="module")
+def client(shop):
+    with serving(environment_of(shop)) as (_, client):
+        yield client
+
+
+def recommend(client, **body):
+    answer = client.post("/recommend", json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def ids(answer) -> list[str]:
+    return [item["product_id"] for item in answer["items"]]
+
+
+def shopper(shop) -> str:
+    with Store.open(shop) as store:
+        return store.events.read().user_ids[0]
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_says_what_why_and_how_long(shop, client):
+    answer = recommend(client, user_id=shopper(shop), k=7)
+    assert [item["rank"] for item in answer["items"]] == [1, 2, 3, 4, 5, 6, 7]
+    assert answer["release"] == Release.current(shop.models_dir)
+    assert set(answer["milliseconds"]) == {"user", "embed", "search", "rerank", "explain", "total"}
+    assert not answer["warnings"]
+    for item in answer["items"]:
+        product = client.get(f"/items/{item['product_id']}").json()
+        assert (item["title"], item["price"]) == (product["title"], product["price"])
+        assert item["stage"] == "reranker"
+        assert item["reasons"]
+
+
+def test_every_body_has_an_example_and_the_example_works(client):
+    routes = client.get("/openapi.json").json()
+    bodies = 0
+    for path, methods in routes["paths"].items():
+        for method, route in methods.items():
+            if "requestBody" not in route:
+                continue
+            schema = route["requestBody"]["content"]["application/json"]["schema"]
+            if "$ref" in schema:
+                schema = routes["components"]["schemas"][schema["$ref"].rsplit("/", 1)[1]]
+            assert schema["examples"], path
+            for example in schema["examples"]:
+                answer = client.request(method, path.replace("{user_id}", "example"), json=example)
+                assert answer.status_code == 200, answer.text
+            bodies += 1
+    assert bodies == 4
+
+
+def test_an_event_changes_the_next_answer(client):
+    before = ids(recommend(client, user_id="new-here", k=20))
+    event = {"user_id": "new-here", "product_id": before[0], "kind": "purchase", "at": "2026-06-30T10:00:00Z"}
+    assert client.post("/events", json=event).json() == {"stored": 1, "duplicates": 0, "unknown_products": []}
+    assert client.post("/events", json=[event]).json()["duplicates"] == 1
+    after = recommend(client, user_id="new-here", k=20)
+    assert before[0] not in ids(after)
+    assert ids(after)[:-1] != before[1:]  # the list moved, it did not only close the gap
+
+
+def test_what_was_met_long_ago_is_not_offered_again(shop, client):
+    """The tower reads the latest ten events; the rest is still known."""
+    everything = ids(recommend(client, k=100))
+    start = datetime(2026, 6, 1, tzinfo=UTC)
+    events = [
+        {"user_id": "regular", "product_id": product_id, "at": (start + timedelta(hours=number)).isoformat()}
+        for number, product_id in enumerate(everything[:60])
+    ]
+    assert client.post("/events", json=events).json()["stored"] == 60
+    assert not set(ids(recommend(client, user_id="regular", k=100))) & set(everything[:60])
+
+
+def test_a_put_product_is_found_by_the_next_request(client):
+    product = {
+        "product_id": "put-1",
+        "title": "Linen wrap dress",
+        "attributes": {"category": ["dress"]},
+        "price": 98765432.0,
+    }
+    assert client.put("/products", json=product).json() == {"stored": 1, "refused": []}
+    found = recommend(client, filters={"min_price": 98765432.0})
+    assert ids(found) == ["put-1"]
+    assert (found["items"][0]["title"], found["items"][0]["price"]) == ("Linen wrap dress", 98765432.0)
+    neighbours = client.get("/items/put-1/similar", params={"k": 3}).json()
+    assert len(neighbours) == 3
+    assert all(neighbour["title"] for neighbour in neighbours)
+
+
+def test_a_value_outside_the_schema_is_refused_aloud_and_quarantined(shop, client):
+    product = {"product_id": "put-2", "title": "Thing", "attributes": {"category": ["spaceship"]}}
+    answer = client.put("/products", json=[product]).json()
+    assert answer["stored"] == 1
+    assert len(answer["refused"]) == 1
+    assert "spaceship" in answer["refused"][0]
+    with Store.open(shop) as store:
+        assert any("spaceship" in row.raw for row in store.quarantine.read("api"))
+
+
+@pytest.mark.parametrize(
+    ("filters", "named"),
+    [({"std": {"planet": ["mars"]}}, "planet"), ({"std": {"category": ["spaceship"]}}, "spaceship")],
+)
+def test_a_filter_that_names_nothing_is_a_422(client, filters, named):
+    answer = client.post("/recommend", json={"filters": filters})
+    assert answer.status_code == 422
+    assert named in answer.text
+
+
+# --- releases ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_promotion_under_load_never_mixes_releases(new_shop):
+    """The second release knows every other product only: an answer in its name that holds another one is a mixture."""
+    with new_shop() as shop:
+        first = Release.open(shop.models_dir)
+        shutil.copytree(first.folder, shop.models_dir / "second")
+        with Store.open(shop) as store:
+            every = [product.product_id for product in store.products.read_features()]
+            half = every[::2]
+            rows = store.vectors.fetch(first.name, half)
+            store.vectors.create("second", rows.vectors.shape[1])
+            store.vectors.copy("second", rows)
+        with serving(environment_of(shop)) as (_, client):
+            answers: list[dict] = []
+            stop = threading.Event()
+
+            def ask() -> None:
+                while not stop.is_set():
+                    answers.append(recommend(client, k=100))
+
+            threads = [threading.Thread(target=ask) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            try:
+                eventually(lambda: len(answers) > 10)
+                for name in ("second", first.name, "second"):
+                    Release.open(shop.models_dir, name).make_live()
+                    eventually(lambda name=name: answers[-1]["release"] == name)
+            finally:
+                stop.set()
+                for thread in threads:
+                    thread.join()
+        releases = {answer["release"] for answer in answers}
+        assert releases == {first.name, "second"}
+        for answer in answers:
+            found = set(ids(answer))
+            assert len(found) == 100
+            assert found <= set(half if answer["release"] == "second" else every)
+            assert answer["release"] == "second" or found - set(half)
+
+
+def test_a_damaged_release_never_takes_a_healthy_one_down(new_shop):
+    with new_shop() as shop:
+        first = Release.open(shop.models_dir)
+        broken = shutil.copytree(first.folder, shop.models_dir / "zzz-broken")
+        (broken / "user_tower.pth").write_bytes(b"nothing")
+        with serving(environment_of(shop)) as (_, client):
+            assert recommend(client, k=3)["release"] == first.name
+            Release.open(shop.models_dir, "zzz-broken").make_live()
+            assert recommend(client, k=3)["release"] == first.name
+
+
+# --- when things die --------------------------------------------------------------------------------------------------
+
+
+def test_without_the_database_a_popular_list_answers_and_it_comes_back(new_shop):
+    with new_shop() as shop, serving(environment_of(shop)) as (_, client):
+        assert not recommend(client, k=5)["degraded"]
+        address = conninfo_to_dict(shop.database_url)
+        name = sql.Identifier(str(address["dbname"]))
+        with psycopg.connect(shop.database_url, dbname="postgres", autocommit=True) as admin:
+            admin.execute(sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS false").format(name))
+            admin.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", (address["dbname"],)
+            )
+            away = recommend(client, k=5, exclude=["nobody"])
+            assert away["degraded"]
+            assert len(away["items"]) == 5
+            assert all(item["title"] for item in away["items"])
+            assert "database" in away["warnings"][0]
+            assert client.post("/recommend", json={"filters": {"max_price": 1}}).status_code == 503
+            assert client.get("/ready").status_code == 503
+            admin.execute(sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS true").format(name))
+        eventually(lambda: not recommend(client, k=5)["degraded"])
+        assert client.get("/ready").status_code == 200
+
+
+def test_a_database_that_comes_late_is_found_without_being_asked_for(new_shop):
+    with new_shop() as shop:
+        address = conninfo_to_dict(shop.database_url)
+        name = sql.Identifier(str(address["dbname"]))
+        with psycopg.connect(shop.database_url, dbname="postgres", autocommit=True) as admin:
+            admin.execute(sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS false").format(name))
+            with serving(environment_of(shop)) as (_, client):
+                assert client.post("/recommend", json={}).status_code == 503
+                admin.execute(sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS true").format(name))
+                eventually(lambda: client.post("/recommend", json={}).status_code == 200)
+
+
+def test_two_workers_agree_on_new_words_and_one_that_is_killed_is_replaced(new_shop):
+    with new_shop() as shop, serving(environment_of(shop), "--workers", "2") as (process, client):
+        eventually(lambda: client.get("/ready").is_success)
+        product = {
+            "product_id": "put-3",
+            "title": "Dress",
+            "attributes": {"category": ["dress"], "style": ["zigzagcore"]},
+        }
+        assert client.put("/products", json=product).status_code == 200
+        # A connection for each request: the workers take turns.
+        fresh = {"Connection": "close"}
+        answers = [
+            client.post("/recommend", json={"history": ["put-3"], "k": 50}, headers=fresh).json() for _ in range(20)
+        ]
+        assert len({tuple(ids(answer)) for answer in answers}) == 1
+        assert not any(answer["warnings"] for answer in answers)
+
+        workers = children(process.pid)
+        os.kill(workers[-1], signal.SIGKILL)
+        eventually(lambda: workers[-1] not in children(process.pid) and len(children(process.pid)) == len(workers))
+        eventually(lambda: all(client.get("/ready", headers=fresh).is_success for _ in range(10)))
+
+
+def children(pid: int) -> list[int]:
+    """Live children of a process, oldest first."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            number, rest = status.read_text().split(" ", 1)
+        except OSError:
+            continue  # it ended between the two looks
+        state, parent = rest.rsplit(")", 1)[1].split()[:2]
+        if int(parent) == pid and state != "Z":
+            found.append(int(number))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_the_embedded_server_stops_with_the_service_and_the_data_stay(data_dir, stop):
+    environment = {
+        "DATA_DIR": str(data_dir), "MODELS_DIR": str(data_dir / "models"), "DATABASE_URL": "",
+        "TEXT_ENCODER": str(tiny_text_encoder(data_dir / "text")),
+    }  # fmt: skip
+    with serving(environment) as (process, client):
+        assert client.put("/users/u1", json={"profile": {"height_cm": 172}}).status_code == 200
+        servers = children(process.pid)
+        assert servers
+        process.send_signal(stop)
+        process.wait(90)
+        eventually(lambda: not any(Path(f"/proc/{server}").exists() for server in servers))
+    with Store.open(Settings(database_url="", data_dir=data_dir, _env_file=None)) as store:
+        assert store.users.get("u1") == User(user_id="u1", profile={"height_cm": 172.0})
