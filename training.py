@@ -151,14 +151,16 @@ def fit(
         )  # fmt: skip
         for indices in epoch_batches[progress.step :]:
             value = loss(wrapped, _shard(indices, accelerator))
-            if not torch.isfinite(value):
-                raise UserError(
-                    f"{name}: the loss became {value.item()} at epoch {progress.epoch + 1}, step {progress.step + 1}; "
-                    "try a smaller --learning-rate or a higher temperature"
-                )
             optimizer.zero_grad()
             accelerator.backward(value)
-            accelerator.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+            norm = accelerator.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+            # A loss may be finite and its gradient not; neither ever reaches the weights, and so no checkpoint. (With
+            # float16 Accelerate's scaler skips such a step and goes on.)
+            if not torch.isfinite(value) or (accelerator.scaler is None and not torch.isfinite(norm)):
+                raise UserError(
+                    f"{name}: the loss became {value.item()} (its gradient's norm {norm.item()}) at epoch {progress.epoch + 1}, "
+                    f"step {progress.step + 1}; try a smaller --learning-rate or a higher temperature, with --fresh"
+                )
             optimizer.step()
             scheduler.step()
             progress.step += 1
@@ -280,16 +282,19 @@ class _Checkpoint:
             return None
         try:
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise UserError(f"{self.path} cannot be read ({error}); delete it or pass --fresh to start over") from error
-        if saved["identity"] != self.identity:
+            if saved["identity"] == self.identity:
+                self.model.load_state_dict(saved["model"])
+                self.optimizer.load_state_dict(saved["optimizer"])
+                self.scheduler.load_state_dict(saved["scheduler"])
+                torch.set_rng_state(saved["random"])
+                self.best_state = saved["best"]
+                return _Progress(**saved["progress"])
+        except Exception as error:  # a damaged file raises anything; a model of other shapes, RuntimeError
             raise UserError(
-                f"{self.path} is from an interrupted run with other options; "
-                "run with the same options to continue it, or pass --fresh to start over"
-            )
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scheduler.load_state_dict(saved["scheduler"])
-        torch.set_rng_state(saved["random"])
-        self.best_state = saved["best"]
-        return _Progress(**saved["progress"])
+                f"{self.path} cannot be continued: it is damaged or the data changed since; "
+                f"pass --fresh to start over ({error})"
+            ) from error
+        raise UserError(
+            f"{self.path} is from an interrupted run with other options; "
+            "run with the same options to continue it, or pass --fresh to start over"
+        )
