@@ -12,6 +12,8 @@ the full softmax.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from pydantic import Field
@@ -71,6 +73,7 @@ class SampledSoftmax:
         count = len(shop.items)
         self.target_share = np.bincount(shop.histories.item[self.targets], minlength=count) / len(self.targets)
         self.hard_share_of = np.full(count, 1.0 / count)
+        self.mined_epoch = 0
         self._popularity: dict[float, Tensor] = {}
 
     def batches(self, epoch: int) -> list[np.ndarray]:
@@ -83,9 +86,18 @@ class SampledSoftmax:
         for rows in np.split(order, np.flatnonzero(np.diff(self.day[order])) + 1):
             batches += [self.targets[rows[i : i + size]] for i in range(0, len(rows), size)]
         random.shuffle(batches)
-        if epoch > 0 and self.options.hard_share > 0 and len(self.shop.items) > self.options.negatives:
+        # Once an epoch, before its first step: a run resumed within an epoch goes on with the negatives of its start.
+        if epoch > self.mined_epoch and self.options.hard_share > 0 and len(self.shop.items) > self.options.negatives:
             self._mine(random)
+            self.mined_epoch = epoch
         return [batch for batch in batches if len(batch) > 1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was mined, for a checkpoint."""
+        return {"hard_share_of": torch.from_numpy(self.hard_share_of), "mined_epoch": self.mined_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.hard_share_of, self.mined_epoch = state_dict["hard_share_of"].numpy(), state_dict["mined_epoch"]
 
     def popularity(self, as_of: float) -> Tensor:
         """Popularity coordinates of the whole catalogue: float32 [N, P]; one day's table is kept at a time."""
@@ -243,7 +255,7 @@ def main(options: UserOptions) -> None:
     softmax.profiles = profiles
     report = fit(
         tower, softmax.batches, softmax.loss, validate, f"recall@{RETRIEVED}", options, release.folder, STAGE,
-        parameters=parameter_groups,
+        parameters=parameter_groups, state=softmax,
     )  # fmt: skip
     release.save_weights(USER_TOWER_HOLDOUT, tower)
 
@@ -255,7 +267,7 @@ def main(options: UserOptions) -> None:
         again = options.model_copy(update={"epochs": max(1, report.best_epoch)})
         fit(
             tower, softmax.batches, softmax.loss, lambda model: {"epochs": 0.0}, "epochs", again, release.folder,
-            f"{STAGE}_refit", keep_best=False, parameters=parameter_groups,
+            f"{STAGE}_refit", keep_best=False, parameters=parameter_groups, state=softmax,
         )  # fmt: skip
     release.save_weights(USER_TOWER, tower)
     release.save_trained_items(shop.items.product_ids)

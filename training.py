@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from pydantic import Field
 from torch import Tensor, nn
+from torch.distributed.checkpoint.stateful import Stateful
 from tqdm import tqdm
 
 from settings import Settings, UserError
@@ -82,12 +83,14 @@ def fit(
     *,
     keep_best: bool = True,
     parameters: Callable[[nn.Module], list[dict[str, Any]]] | None = None,
+    state: Stateful | None = None,
 ) -> FitReport:
     """Train `model` in place; when `keep_best`, it ends with the weights of its best epoch.
 
     batches(epoch): index arrays of one epoch, a function of the epoch alone, so that a resumed run sees the same.
     loss(model, indices): mean loss of one batch; its randomness must come from torch's global generator.
     validate(model): metrics after an epoch; `metric` (higher is better) decides early stopping.
+    state: what `loss` draws on besides the model and changes as training goes on; checkpoints keep it too.
     folder: curves and checkpoints go to `folder/name.*`. Raises UserError when the loss stops being finite.
     """
     accelerator = Accelerator()
@@ -99,7 +102,10 @@ def fit(
     model.to(accelerator.device)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
 
-    checkpoint = _Checkpoint(folder / f"{name}.checkpoint.pt", model, optimizer, scheduler, _identity(options, name))
+    parts: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    if state is not None:
+        parts["state"] = state
+    checkpoint = _Checkpoint(folder / f"{name}.checkpoint.pt", parts, _identity(options, name))
     progress = _Progress()
     if options.fresh:
         checkpoint.path.unlink(missing_ok=True)
@@ -258,9 +264,8 @@ def _writer(folder: Path) -> Any:
 class _Checkpoint:
     """Everything a run needs to go on, in one file that is replaced whole or not at all."""
 
-    def __init__(self, path: Path, model: nn.Module, optimizer: Any, scheduler: Any, identity: str) -> None:
-        self.path, self.model, self.optimizer, self.scheduler = path, model, optimizer, scheduler
-        self.identity = identity
+    def __init__(self, path: Path, parts: dict[str, Stateful], identity: str) -> None:
+        self.path, self.parts, self.identity = path, parts, identity
         self.best_state: dict[str, Tensor] | None = None
 
     def save(self, progress: _Progress, best_state: dict[str, Tensor] | None) -> None:
@@ -268,9 +273,8 @@ class _Checkpoint:
         temporary = self.path.with_suffix(".tmp")
         torch.save(
             {
-                "identity": self.identity, "progress": asdict(progress), "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
-                "random": torch.get_rng_state(), "best": best_state,
+                "identity": self.identity, "progress": asdict(progress), "random": torch.get_rng_state(), "best": best_state,
+                "parts": {name: part.state_dict() for name, part in self.parts.items()},
             },
             temporary,
         )  # fmt: skip
@@ -283,9 +287,8 @@ class _Checkpoint:
         try:
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
             if saved["identity"] == self.identity:
-                self.model.load_state_dict(saved["model"])
-                self.optimizer.load_state_dict(saved["optimizer"])
-                self.scheduler.load_state_dict(saved["scheduler"])
+                for name, part in self.parts.items():
+                    part.load_state_dict(saved["parts"][name])
                 torch.set_rng_state(saved["random"])
                 self.best_state = saved["best"]
                 return _Progress(**saved["progress"])
