@@ -30,7 +30,7 @@ import datasets.hm
 import datasets.rent_the_runway
 from baselines import BASELINES, Split
 from catalog import Rejected
-from recommender import Recommender, Request
+from recommender import Recommender, Request, UnavailableError
 from settings import Settings, UserError, run_script
 from store import Store
 from tensors import Histories
@@ -48,7 +48,7 @@ class EvaluateOptions(Settings):
     what: CliPositionalArg[Literal["hm-week", "rtr-warm", "rtr-cold", "page"]] = Field(
         description="split to judge, or page"
     )
-    path: CliPositionalArg[Path | None] = Field(None, description="folder of the data set")
+    folder: CliPositionalArg[Path | None] = Field(None, description="folder of the data set")
     baselines: bool = Field(True, description="measure the plain lines beside the release")
     limit: int = Field(0, ge=0, description="judge only so many shoppers (0: all); nothing is written then")
 
@@ -166,10 +166,12 @@ def figures(measured: Measured, short: int, seed: int = 0) -> list[tuple[str, st
 # ------------------------------------------------------------------------------------------------------------------ main
 def main(options: EvaluateOptions) -> None:
     if options.what == "page":
+        if not RESULTS.exists():
+            raise UserError(f"there is no {RESULTS} here yet; judge a split first")
         write_page(json.loads(RESULTS.read_text(encoding="utf-8")))
         return
-    if options.path is None:
-        raise UserError(f"evaluate.py {options.what} needs the folder of the data set")
+    if options.folder is None:
+        raise UserError(f"{options.what} needs the folder of the data set")
     torch.set_num_threads(1)  # one small forward a request: more threads only wait for each other
     cut, short = (HM_CUT, 12) if options.what == "hm-week" else (RTR_CUT, 10)
     with Store.open(options) as store:
@@ -180,9 +182,13 @@ def main(options: EvaluateOptions) -> None:
             for user_id in split.histories.user_ids
         }
         if options.what == "hm-week":
-            cases = hm_cases(options.path, known, seen)
+            cases = hm_cases(options.folder, known, seen)
         else:
-            cases = rtr_cases(options.path, known, seen, warm=options.what == "rtr-warm")
+            cases = rtr_cases(options.folder, known, seen, warm=options.what == "rtr-warm")
+        if not cases:
+            raise UserError(
+                f"no shopper of {options.folder} can be judged on {options.what}; is this the data set's folder?"
+            )
         if options.limit:
             cases = cases[: options.limit]
         warm_items = {split.product_ids[item] for item in np.unique(split.histories.item)}
@@ -192,7 +198,12 @@ def main(options: EvaluateOptions) -> None:
         retrieved, reranked = [], []
         for case in tqdm(cases, desc=options.what, unit="shopper"):
             # What the shopper met before the cut is not offered: the pipeline's own rule.
-            answer = recommender.recommend(Request(case.user_id, context=case.context, k=RETRIEVED, now=case.at))
+            try:
+                answer = recommender.recommend(Request(case.user_id, context=case.context, k=RETRIEVED, now=case.at))
+            except UnavailableError as error:
+                raise UserError(str(error)) from error
+            if answer.degraded:  # popular items, given in place of what was asked: no figure of ours
+                raise UserError("the database did not answer in time; run this again when the machine is less busy")
             reranked.append([item.product_id for item in answer.items])
             retrieved.append([item.product_id for item in sorted(answer.items, key=lambda item: item.retrieval_rank)])
         lists["styletower", "retrieval"] = retrieved
@@ -247,7 +258,7 @@ def _baseline_lists(
             np.argpartition(-scores, RETRIEVED)[: RETRIEVED + 1] if len(scores) > RETRIEVED else np.arange(len(scores))
         )
         # Everything that ties with the last place competes for it in product order: no tie is decided by chance.
-        tied = np.flatnonzero(scores >= scores[top].min())
+        tied = np.flatnonzero((scores >= scores[top].min()) & (scores > -np.inf))
         order = tied[np.lexsort((tied, -scores[tied]))][:RETRIEVED]
         lists.append([split.product_ids[item] for item in order])
     return lists
@@ -294,11 +305,8 @@ def write_page(rows: list[dict[str, Any]]) -> None:
                 cells.append("" if row is None else f"{row['value']:.4f} [{row['low']:.4f}, {row['high']:.4f}]")
             name = f"**{model}**" if model == "styletower" else model
             lines.append(f"| {name} | {stage} | " + " | ".join(cells) + " |")
-        counts = [
-            f"{figure['styletower', 'retrieval', column]['n']} ({column.split()[-1]})"
-            for column in recalls
-            if ("styletower", "retrieval", column) in figure
-        ]
+        targets = {row["slice"]: row["n"] for row in own if row["metric"] == f"recall@{RETRIEVED}"}
+        counts = [f"{targets[part]} ({part})" for part in ("all", "warm", "cold") if part in targets]
         lines += ["", "Targets: " + ", ".join(counts) + "."]
     if STEPS.exists():
         lines += [

@@ -29,23 +29,23 @@ STEPS = Path("docs/steps.json")
 # Chosen on the held-out days before each cut (train_user.py's validation), never on the test days.
 PIPELINES: dict[str, list[list[str]]] = {
     "hm-week": [
-        ["import_data.py", "hm", "{path}", "--until", "2020-09-21"],
+        ["import_data.py", "hm", "{folder}", "--until", "2020-09-21"],
         ["extract_features.py"],
         ["train_simcse.py", "--release", "split", "--epochs", "3"],
         ["train_user.py", "--release", "split"],
         ["train_reranker.py", "--release", "split"],
         ["build_index.py", "--release", "split"],
-        ["evaluate.py", "hm-week", "{path}"],
+        ["evaluate.py", "hm-week", "{folder}"],
     ],
     "rtr": [
-        ["import_data.py", "rent-the-runway", "{path}", "--until", "2017-07-01"],
+        ["import_data.py", "rent-the-runway", "{folder}", "--until", "2017-07-01"],
         ["extract_features.py"],
         ["train_simcse.py", "--release", "split"],
         ["train_user.py", "--release", "split"],
         ["train_reranker.py", "--release", "split"],
         ["build_index.py", "--release", "split"],
-        ["evaluate.py", "rtr-warm", "{path}"],
-        ["evaluate.py", "rtr-cold", "{path}"],
+        ["evaluate.py", "rtr-warm", "{folder}"],
+        ["evaluate.py", "rtr-cold", "{folder}"],
     ],
 }
 # What a finished training step leaves in the manifest.
@@ -59,13 +59,13 @@ PARTS = {
 
 class SplitOptions(Settings):
     split: CliPositionalArg[Literal["hm-week", "rtr"]] = Field(description="split to run")
-    path: CliPositionalArg[Path] = Field(description="folder of the data set")
+    folder: CliPositionalArg[Path] = Field(description="folder of the data set")
     fresh: bool = Field(False, description="start over, from an empty database")
 
 
 def main(options: SplitOptions) -> None:
-    if not options.path.is_dir():
-        raise UserError(f"{options.path} is not a folder; give the one that holds the data set's files")
+    if not options.folder.is_dir():
+        raise UserError(f"{options.folder} is not a folder; give the one that holds the data set's files")
     home = options.data_dir / options.split
     models = home / "saved_models"
     if options.fresh:
@@ -82,7 +82,7 @@ def main(options: SplitOptions) -> None:
         if _done(step, models):
             print(f"{' '.join(step)}: done before")
             continue
-        command = [sys.executable, *(part.format(path=options.path) for part in step)]
+        command = [sys.executable, *(part.format(folder=options.folder) for part in step)]
         print(f"== {' '.join(step)}", flush=True)
         started = time.monotonic()
         process = subprocess.Popen(command, env=environment)
@@ -105,7 +105,7 @@ def _done(step: list[str], models: Path) -> bool:
 def _note(split: str, step: list[str], seconds: float, memory: int) -> None:
     """Put a step's figures into docs/steps.json, in the order of the pipeline."""
     rows = json.loads(STEPS.read_text(encoding="utf-8")) if STEPS.exists() else []
-    name = " ".join(part.replace("{path}", "FOLDER") for part in step)
+    name = " ".join(part.replace("{folder}", "FOLDER") for part in step)
     rows = [row for row in rows if (row["split"], row["step"]) != (split, name)]
     rows.append({"split": split, "step": name, "seconds": round(seconds, 1), "megabytes": round(memory / 2**20)})
     STEPS.parent.mkdir(exist_ok=True)
