@@ -1,0 +1,138 @@
+"""The plain lines on five items whose order is known by hand, and against the textbook forms of their formulas."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import baselines
+from baselines import BASELINES, EASE_REGULARISATION, Split, content, ease, item_knn
+from catalog import Product
+from evaluate import Case, _baseline_lists
+from store import EventLog
+from tensors import DAY, Histories
+
+CUT = 200  # days
+
+Events = list[tuple[str, str, float]]  # shopper, item, day
+
+
+def split_of(events: Events, products: list[Product]) -> Split:
+    users, ids = sorted({user for user, _, _ in events}), [product.product_id for product in products]
+    log = EventLog(
+        users, ids, ["purchase"], [""],
+        user=np.array([users.index(user) for user, _, _ in events], dtype=np.int32),
+        product=np.array([ids.index(item) for _, item, _ in events], dtype=np.int32),
+        kind=np.zeros(len(events), dtype=np.int8), at=np.array([day * DAY for _, _, day in events]),
+        context=np.zeros(len(events), dtype=np.int32),
+    )  # fmt: skip
+    return Split(ids, products, Histories.build(log, ids), CUT * DAY)
+
+
+def order(name: str, split: Split, user_id: str) -> str:
+    """Items in the order in which this line offers them, as one word."""
+    (found,) = _baseline_lists(split, [Case(user_id, "", 0.0, [])], BASELINES[name]) or [[]]
+    return "".join(found)
+
+
+@pytest.fixture(scope="module")
+def five() -> Split:
+    """A and B are red dresses, C and D blue coats; nobody ever took E, a hat in no colour."""
+    products = [
+        Product(product_id="A", title="linen dress", std={"colour": ["red"]}),
+        Product(product_id="B", title="linen dress", std={"colour": ["red"]}, re={"style": ["party"]}),
+        Product(product_id="C", title="wool coat", std={"colour": ["blue"]}),
+        Product(product_id="D", title="wool coat", std={"colour": ["blue"]}, re={"style": ["party"]}),
+        Product(product_id="E", title="hat"),
+    ]
+    events: Events = [
+        ("u1", "A", 10), ("u1", "B", 20), ("u1", "C", 150),
+        ("u2", "A", 10), ("u2", "C", 190),
+        ("u3", "B", 20), ("u3", "C", 30), ("u3", "C", 195),  # taking C again says nothing new about C
+        ("u4", "D", 199),
+        ("u5", "A", 5),
+    ]  # fmt: skip
+    return split_of(events, products)
+
+
+@pytest.mark.parametrize(
+    ("name", "stranger"),
+    [
+        ("popularity", "ACBDE"),  # 3, 3, 2, 1, 0
+        ("popularity, last 90 days", "CDABE"),  # 2, 1, and the rest by what they ever were
+        ("popularity, last 180 days", "CBDAE"),  # 3, 2, 1, 0, 0
+        ("item-kNN (cosine)", "ACBDE"),  # no neighbours: popularity
+        ("EASE", "ABCDE"),  # nothing to say: product order
+        ("content", "ABCDE"),
+        ("content + log popularity", "ACBDE"),
+    ],
+)
+def test_the_order_for_a_shopper_without_a_history(five, name, stranger):
+    assert order(name, five, "stranger") == stranger
+
+
+@pytest.mark.parametrize(
+    ("name", "offered"),
+    [
+        ("popularity", "CBDE"),  # never A, which they have
+        ("item-kNN (cosine)", "CBDE"),  # C: 2 of 3 and 3 met it with A; B: 1 of 3 and 2
+        ("EASE", "CBDE"),
+        ("content", "BCDE"),  # the other red dress; the rest shares no word with it
+        ("content + log popularity", "BCDE"),
+    ],
+)
+def test_the_order_for_a_shopper_who_took_the_red_dress(five, name, offered):
+    assert order(name, five, "u5") == offered
+
+
+@pytest.fixture(scope="module")
+def random_split() -> tuple[Split, np.ndarray]:
+    """Thirty shoppers and twelve items at random, and who met what as a dense matrix."""
+    random = np.random.default_rng(0)
+    met = random.random((30, 12)) < 0.3
+    met[0, :3], met[:, 11] = [True, True, False], False
+    products = [Product(product_id=f"{item:02}", title="x") for item in range(12)]
+    events = [(f"{user:02}", f"{item:02}", float(random.integers(CUT))) for user, item in np.argwhere(met)]
+    return split_of(events + events[:20], products), met.astype(float)
+
+
+def test_item_knn_is_the_cosine_of_columns(random_split):
+    split, met = random_split
+    lengths = np.maximum(np.linalg.norm(met, axis=0), 1.0)
+    cosine = (met / lengths).T @ (met / lengths)
+    np.fill_diagonal(cosine, 0.0)
+    score = item_knn(split)
+    for user, row in enumerate(met):
+        np.testing.assert_allclose(score(split.items_of(f"{user:02}")), row @ cosine + 1e-6 * met.sum(0), atol=1e-12)
+
+
+def test_ease_is_a_ridge_regression_of_each_item_on_the_others(random_split):
+    split, met = random_split
+    weights = np.zeros((12, 12))
+    for item in range(12):
+        others = np.delete(np.arange(12), item)
+        gram = met[:, others].T @ met[:, others] + EASE_REGULARISATION * np.eye(11)
+        weights[others, item] = np.linalg.solve(gram, met[:, others].T @ met[:, item])
+    score = ease(split)
+    for user, row in enumerate(met):
+        np.testing.assert_allclose(score(split.items_of(f"{user:02}")), row @ weights, atol=1e-12)
+
+
+def test_ease_is_left_out_where_its_matrix_would_not_fit(five, monkeypatch):
+    monkeypatch.setattr(baselines, "EASE_MOST_ITEMS", 4)
+    assert _baseline_lists(five, [Case("u1", "", 0.0, [])], ease) is None
+
+
+def test_content_is_left_out_where_products_hardly_differ_on_paper():
+    products = [Product(product_id=str(item), title="gown", std={"category": ["gown"]}) for item in range(200)]
+    assert content(0.0, split_of([("u1", "0", 1)], products)) is None
+
+
+def test_ties_at_the_end_of_a_long_list_go_by_product_order():
+    """Of 130 items three sold; the other 97 places go to the first of the 126 that tie and were not met."""
+    products = [Product(product_id=f"{item:03}", title="x") for item in range(130)]
+    split = split_of([("u1", "120", 1), ("u2", "120", 1), ("u1", "125", 1), ("u2", "007", 1)], products)
+    (found,) = _baseline_lists(split, [Case("u2", "", 0.0, [])], BASELINES["popularity"]) or [[]]
+    assert found == ["125", *(f"{item:03}" for item in range(100) if item != 7)]
+    (found,) = _baseline_lists(split, [Case("stranger", "", 0.0, [])], BASELINES["popularity"]) or [[]]
+    assert found == ["120", "007", "125", *(f"{item:03}" for item in range(98) if item != 7)]
