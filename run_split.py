@@ -3,8 +3,8 @@
     python run_split.py hm-week FOLDER
     python run_split.py rtr FOLDER             # one system, judged on rtr-warm and rtr-cold
 
-Everything lies in its own database and releases under DATA_DIR/<split>, so a shop's own are never touched. Steps that are done are
-not done again: a stopped run goes on where it was (`--fresh` starts over).
+Everything lies in its own database and releases under DATA_DIR/<split>, so a shop's own are never touched. Trainings and
+indexes that are done are not done again: a stopped run goes on where it was (`--fresh` starts over).
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def main(options: SplitOptions) -> None:
     home = options.data_dir / options.split
     models = home / "saved_models"
     if options.fresh:
-        shutil.rmtree(home, ignore_errors=True)
+        # The database may be a link to where the server's user may enter (see store/embedded.py).
+        for folder in ((home / "postgres").resolve(), home):
+            shutil.rmtree(folder, ignore_errors=True)
     models.mkdir(parents=True, exist_ok=True)
     # The text encoder and its cache are the same for every split.
     environment = {**os.environ, "DATA_DIR": str(home), "MODELS_DIR": str(models), "DATABASE_URL": ""}
@@ -104,12 +106,13 @@ def _done(step: list[str], models: Path) -> bool:
 
 def _note(split: str, step: list[str], seconds: float, memory: int) -> None:
     """Put a step's figures into docs/steps.json, in the order of the pipeline."""
-    rows = json.loads(STEPS.read_text(encoding="utf-8")) if STEPS.exists() else []
+    noted = json.loads(STEPS.read_text(encoding="utf-8")) if STEPS.exists() else []
+    rows = {(row["split"], row["step"]): row for row in noted}
     name = " ".join(part.replace("{folder}", "FOLDER") for part in step)
-    rows = [row for row in rows if (row["split"], row["step"]) != (split, name)]
-    rows.append({"split": split, "step": name, "seconds": round(seconds, 1), "megabytes": round(memory / 2**20)})
+    figures = {"seconds": round(seconds, 1), "megabytes": round(memory / 2**20)}
+    rows[split, name] = {"split": split, "step": name, **figures}  # one run again keeps its place
     STEPS.parent.mkdir(exist_ok=True)
-    STEPS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    STEPS.write_text(json.dumps(list(rows.values()), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
