@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tensors import ItemBatch
+from tensors import ItemBatch, TextScaler
 from vocab import MASK, PAD
 
 
@@ -61,6 +61,7 @@ class ItemTower(nn.Module):
 
         self.std_input = nn.Linear(dim, width)
         self.re_input = nn.Linear(dim, width)
+        self.token_scaler = TextScaler(config.text_width)
         self.token_input = nn.Linear(config.text_width, width)
         self.std_field_embedding = nn.Embedding(max(config.std_fields) + 1, width)
         self.re_field_embedding = nn.Embedding(max(config.re_fields, default=0) + 1, width)
@@ -70,6 +71,7 @@ class ItemTower(nn.Module):
         # The same for a query without STD values, and a place to gather: it stands before the STD values.
         self.item_query = nn.Parameter(torch.randn(width) * 0.02)
         # A new RE word has no trained row: its text vector, projected, stands in for one. See `re_embedding`.
+        self.word_scaler = TextScaler(config.text_width)
         self.re_from_text = nn.Linear(config.text_width, dim, bias=False)
 
         self.encoder = nn.TransformerEncoderLayer(
@@ -109,7 +111,14 @@ class ItemTower(nn.Module):
 
     def re_embedding(self, text_vectors: Tensor) -> Tensor:
         """Embeddings [K, embedding_dim] for words that were never trained, from their text vectors [K, text width]."""
-        return self.re_from_text(text_vectors)
+        return self.re_from_text(self.word_scaler(text_vectors))
+
+    @torch.no_grad()
+    def fit_text(self, tokens: Tensor, words: Tensor) -> None:
+        """Before training: what is common to title tokens [K, text width] and to the texts of RE words [W, text width]."""
+        self.token_scaler.fit(tokens)
+        self.word_scaler.fit(words)
+        self.masked_token.copy_(self.token_scaler.mean)  # a masked token says nothing at first
 
     @torch.no_grad()
     def grow(self, fields: list[int], text_vectors: Tensor) -> None:
@@ -134,7 +143,7 @@ class ItemTower(nn.Module):
                 from_text.unsqueeze(-1), self.re_embedding(re_text[batch.re[from_text]]).to(embedded.dtype)
             )
         re = self.re_input(embedded) + self.re_field_embedding(self.re_field[batch.re])
-        tokens = self.token_input(batch.tokens)
+        tokens = self.token_input(self.token_scaler(batch.tokens))
         empty = self.empty_context.expand(len(re), 1, -1)
         always = torch.ones(len(re), 1, dtype=torch.bool, device=re.device)
         context = self.context_norm(torch.cat([empty, re, tokens], dim=1))  # (B, 1 + R + T, width)

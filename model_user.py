@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tensors import KINDS, UserBatch
+from tensors import KINDS, TextScaler, UserBatch
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ class UserTower(nn.Module):
         )
         self.behaviour = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
         self.pool_weight = nn.Linear(width, 1)
+        self.context_scaler = TextScaler(config.text_width)
         self.context = nn.Sequential(nn.Linear(config.text_width, width), nn.GELU(), nn.Linear(width, width))
         self.profile = nn.Linear(max(1, config.profile_width), width)
         self.fusion = nn.Sequential(
@@ -119,7 +120,7 @@ class UserTower(nn.Module):
             torch.cat(
                 [
                     encoded[:, 0] * has_history,
-                    self.context(batch.context) * has_context,
+                    self.context(self.context_scaler(batch.context)) * has_context,
                     self.profile(profile) * has_profile,
                     has_history, has_context, has_profile,
                 ],

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from catalog import Product
 from vocab import PAD, ReVocab, StdVocab
@@ -76,6 +76,35 @@ def re_row(product: Product, vocab: ReVocab, layout: ItemLayout) -> list[int]:
     """Ids of a product's RE values, zero padded: int [re_slots]. Words the vocabulary lacks are left out."""
     ids = vocab.ids(product.re)[: layout.re_slots]
     return ids + [PAD] * (layout.re_slots - len(ids))
+
+
+class TextScaler(nn.Module):
+    """Centres and scales a text encoder's vectors [..., width].
+
+    They lie in a narrow cone (any two texts have a cosine of about .9), so what tells two of them apart is too faint to learn
+    from until the common part is gone (Mu and Viswanath, "All-but-the-Top", ICLR 2018).
+    """
+
+    mean: Tensor
+    spread: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("spread", torch.ones(()))
+
+    @torch.no_grad()
+    def fit(self, vectors: Tensor) -> None:
+        """Learn the common part of vectors [K, width]; of fewer than two there is none to learn."""
+        if len(vectors) < 2:
+            return
+        spread = vectors.std(dim=0).mean()
+        if spread > 0:
+            self.mean.copy_(vectors.mean(dim=0))
+            self.spread.copy_(spread)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return (vectors - self.mean) / self.spread
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,13 @@ from store import Store
 from tensors import ItemFeatures, ItemLayout
 from text_encoder import TextEncoder
 from training import TrainOptions, finish, fit, shuffled_batches
-from vocab import ReVocab, StdVocab
+from vocab import FIRST_WORD, ReVocab, StdVocab
 
 STAGE = "simcse"
 VALIDATION_SHARE = 0.05
 MAX_VALIDATION = 2000  # items in the retrieval check of each epoch
 RETRIEVED = 10
+TEXT_SAMPLE = 2000  # titles that say what is common to all
 
 
 class SimcseOptions(TrainOptions):
@@ -77,8 +78,11 @@ def alignment_uniformity(first: Tensor, second: Tensor) -> tuple[float, float]:
     return alignment.item(), uniformity.item()
 
 
-def validate(tower: ItemTower, features: ItemFeatures, rows: np.ndarray, options: SimcseOptions) -> dict[str, float]:
-    """Can half of an item find the whole? Each item's augmented view ranks the unaugmented vectors of all `rows`."""
+def validate(
+    tower: ItemTower, features: ItemFeatures, groups: Tensor, rows: np.ndarray, options: SimcseOptions
+) -> dict[str, float]:
+    """How well two views of each of `rows` find each other (NT-Xent, negated: higher is better), and whether half of an
+    item finds the whole among the unaugmented vectors; the latter soon reaches 1 and can choose no epoch."""
     with torch.random.fork_rng(devices=[]):  # validation must not move the training's random numbers
         torch.manual_seed(options.seed)
         batch = features.batch(rows).to(next(tower.parameters()).device)
@@ -91,6 +95,9 @@ def validate(tower: ItemTower, features: ItemFeatures, rows: np.ndarray, options
     rank = (similarity > similarity.diagonal().unsqueeze(1)).sum(1)
     alignment, uniformity = alignment_uniformity(*views)
     return {
+        "-nt_xent": -nt_xent(
+            torch.cat(views), groups[rows].to(whole.device), SupConLoss(temperature=options.temperature)
+        ).item(),
         f"recall@{RETRIEVED}": (rank < RETRIEVED).float().mean().item(),
         "recall@1": (rank < 1).float().mean().item(),
         "alignment": alignment,
@@ -127,6 +134,8 @@ def main(options: SimcseOptions) -> None:
         output=options.output,
     )
     tower = ItemTower(config)
+    sample = features.batch(np.random.default_rng(options.seed).permutation(len(products))[:TEXT_SAMPLE])
+    tower.fit_text(sample.tokens[sample.token_mask], re_text[FIRST_WORD:])
     shuffled = np.random.default_rng(options.seed).permutation(len(products))
     held_out = max(2, min(MAX_VALIDATION, round(VALIDATION_SHARE * len(products))))
     # A catalogue too small to spare items is judged on the items it learns from: the metric is then only a sanity check.
@@ -146,8 +155,8 @@ def main(options: SimcseOptions) -> None:
         tower,
         lambda epoch: shuffled_batches(train_rows, options.batch_size, options.seed, epoch),
         loss,
-        lambda model: validate(tower, features, shuffled[:held_out], options),
-        f"recall@{RETRIEVED}",
+        lambda model: validate(tower, features, groups, shuffled[:held_out], options),
+        "-nt_xent",
         options,
         release.folder,
         STAGE,

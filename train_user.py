@@ -249,8 +249,14 @@ def main(options: UserOptions) -> None:
         rows, _, _ = retrieve(tower_now, shop, held_out, profiles, options.history, RETRIEVED)
         return {f"recall@{count}": recall(rows, held_out.answers, count) for count in (10, RETRIEVED)}
 
+    def new_tower() -> UserTower:
+        tower = UserTower(config)
+        told = shop.context_vectors[shop.context_vectors.any(axis=1)]
+        tower.context_scaler.fit(torch.from_numpy(told))
+        return tower
+
     torch.manual_seed(options.seed)
-    tower = UserTower(config)
+    tower = new_tower()
     softmax = SampledSoftmax(shop, tower, options, shop.histories.at.min(), split)
     softmax.profiles = profiles
     report = fit(
@@ -261,7 +267,7 @@ def main(options: UserOptions) -> None:
 
     if options.refit:
         torch.manual_seed(options.seed)
-        tower = UserTower(config)
+        tower = new_tower()
         softmax = SampledSoftmax(shop, tower, options, shop.histories.at.min(), shop.now)
         softmax.profiles = profiles
         again = options.model_copy(update={"epochs": max(1, report.best_epoch)})

@@ -38,7 +38,7 @@ class TrainOptions(Settings):
     batch_size: int = Field(256, ge=2, le=65_536, description="examples a step, over all processes")
     learning_rate: float = Field(1e-3, gt=0, le=1, description="of AdamW, after warm-up")
     weight_decay: float = Field(0.01, ge=0, le=1, description="of AdamW")
-    warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up")
+    warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up; a tenth of all at most")
     patience: int = Field(2, ge=1, description="epochs without a better validation metric before stopping")
     checkpoint_seconds: float = Field(30.0, ge=0, description="a checkpoint at least this often")
     fresh: bool = Field(False, description="start over instead of continuing an interrupted run")
@@ -239,6 +239,8 @@ def _shard(indices: np.ndarray, accelerator: Accelerator) -> np.ndarray:
 
 
 def _warmup_cosine(warmup: int, total: int) -> Callable[[int], float]:
+    warmup = min(warmup, total // 10)
+
     def scale(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
