@@ -41,7 +41,7 @@ PIPELINES: dict[str, list[list[str]]] = {
         ["import_data.py", "rent-the-runway", "{folder}", "--until", "2017-07-01"],
         ["extract_features.py"],
         ["train_simcse.py", "--release", "split"],
-        ["train_user.py", "--release", "split"],
+        ["train_user.py", "--release", "split", "--epochs", "4"],
         ["train_reranker.py", "--release", "split"],
         ["build_index.py", "--release", "split"],
         ["evaluate.py", "rtr-warm", "{folder}"],
