@@ -231,11 +231,12 @@ class Recommender:
             self._know_words(loaded, found.re_ids)
             order, scores, dense = self._rerank(loaded, query, found, past)
         with clock("explain"):
+            rarity = [_rarity(ids, len(found.product_ids)) for ids in (found.std_ids, found.re_ids)]
             items = [
                 Recommended(
                     found.product_ids[row], found.titles[row], _known(found.price[row]), rank, float(scores[row]),
                     "reranker", int(row) + 1,
-                    self._reasons(loaded, found, row, past, dense, request.context),
+                    self._reasons(loaded, found, row, past, dense, rarity, request.context),
                 )
                 for rank, row in enumerate(order[: request.k], start=1)
             ]  # fmt: skip
@@ -314,16 +315,24 @@ class Recommender:
                 loaded.learn_words(self.store.releases.words(loaded.name), self.text_encoder)
 
     def _reasons(
-        self, loaded: LoadedRelease, found: Found, row: int, past: Past, dense: np.ndarray, context: str
+        self,
+        loaded: LoadedRelease,
+        found: Found,
+        row: int,
+        past: Past,
+        dense: np.ndarray,
+        rarity: list[np.ndarray],
+        context: str,
     ) -> list[Reason]:
-        """Attributes the item shares with the history or names in the context; else what else spoke for it."""
+        """Attributes the item shares with the history or names in the context, those first that tell most about the
+        shopper: frequent in the history, rare among the candidates. Else what else spoke for it."""
         std_vocab, re_vocab = loaded.encoder.std_vocab, loaded.encoder.re_vocab
         events = max(1, int(past.mask.sum()))
         shared: list[tuple[float, Reason]] = []
         told = normalise(context)
-        for vocab, ids, history in (
-            (std_vocab, found.std_ids[row], past.std[0]),
-            (re_vocab, found.re_ids[row], past.re[0]),
+        for vocab, ids, history, rare in (
+            (std_vocab, found.std_ids[row], past.std[0], rarity[0]),
+            (re_vocab, found.re_ids[row], past.re[0], rarity[1]),
         ):
             for word_id in ids[ids >= FIRST_WORD]:
                 field_name, value = vocab.word(int(word_id))
@@ -331,7 +340,7 @@ class Recommender:
                 if told and value in told:
                     shared.append((1.0 + share, Reason("context", field_name, value)))
                 elif share >= REASON_SHARE:
-                    shared.append((share, Reason("attribute", field_name, value)))
+                    shared.append((share * rare[word_id], Reason("attribute", field_name, value)))
         if shared:
             shared.sort(key=lambda pair: -pair[0])
             return [reason for _, reason in shared[:MAX_REASONS]]
@@ -414,6 +423,11 @@ class Recommender:
 
 def _known(price: float) -> float | None:
     return None if np.isnan(price) else float(price)
+
+
+def _rarity(ids: np.ndarray, items: int) -> np.ndarray:
+    """The share of the items [N, S] that do not carry an id, for every id that occurs: float64 [largest id + 1]."""
+    return 1.0 - np.bincount(ids.ravel().astype(np.int64), minlength=1) / max(1, items)
 
 
 class _Clock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -17,6 +18,7 @@ from tensors import (
     Popularity,
     PriceScale,
     ProfileScaler,
+    TextScaler,
     distinct,
     item_features,
     most_common_ids,
@@ -119,6 +121,24 @@ def test_scaled_profiles_are_always_finite(profiles):
 
 
 # ---------------------------------------------------------------------------------------------------------- popularity
+def test_texts_in_a_narrow_cone_are_told_apart_after_scaling():
+    torch.manual_seed(0)
+    texts = torch.nn.functional.normalize(1.0 + 0.1 * torch.randn(20, 16), dim=1)
+    assert (texts @ texts.T).min() > 0.9
+    scaler = TextScaler(16)
+    scaler.fit(texts)
+    scaled = torch.nn.functional.normalize(scaler(texts), dim=1)
+    assert (scaled @ scaled.T).mean() == pytest.approx(0.0, abs=0.1)
+    assert scaler(texts).std(0).mean() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("texts", [torch.zeros(0, 4), torch.ones(1, 4), torch.ones(5, 4)])
+def test_texts_that_do_not_differ_are_left_as_they_are(texts):
+    scaler = TextScaler(4)
+    scaler.fit(texts)
+    assert torch.equal(scaler(texts), texts)
+
+
 def test_counts_are_of_the_window_before_the_moment():
     item = np.array([0, 0, 0, 1])
     at = np.array([0.0, 5.0, 9.0, 9.0]) * DAY
