@@ -59,10 +59,14 @@ class Release:
             self.manifest = self._read("manifest.json", _manifest)
 
     # ------------------------------------------------------------------------------------------------- find and make
+    @staticmethod
+    def new_name() -> str:
+        """The time, so names sort by age."""
+        return datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+
     @classmethod
-    def create(cls, models_dir: Path, name: str = "") -> Release:
-        """A new, empty release; the default name is the time, so names sort by age."""
-        name = name or datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    def create(cls, models_dir: Path, name: str) -> Release:
+        """The release `name`, made empty if there is none."""
         if not _NAME.fullmatch(name):
             raise UserError(f"{name!r} is no release name: use letters, digits, '.', '_' and '-', at most 63")
         folder = models_dir / name
@@ -85,7 +89,7 @@ class Release:
     @classmethod
     def open(cls, models_dir: Path, name: str = "") -> Release:
         """The release `name`, or the newest. Raises UserError when there is none."""
-        if name and (models_dir / name / "manifest.json").exists():
+        if _NAME.fullmatch(name) and (models_dir / name / "manifest.json").exists():
             return cls(models_dir / name)
         names = cls.names(models_dir)
         if name:
