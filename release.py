@@ -12,11 +12,12 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -41,7 +42,10 @@ USER_TOWER_HOLDOUT = "user_tower_holdout.pth"
 # A checkpoint is refused beyond this size before a byte of it is read.
 MAX_CHECKPOINT_BYTES = 8 * 2**30
 EMBED_BATCH = 1024
+MEND = "restore it, train again, or use another release"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+Part = TypeVar("Part")
 
 
 class Release:
@@ -52,16 +56,17 @@ class Release:
         self.name = folder.name
         self.manifest: dict[str, Any] = {}
         if (folder / "manifest.json").exists():
-            try:
-                self.manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UserError(f"{folder / 'manifest.json'} is damaged ({error}); use another release") from error
+            self.manifest = self._read("manifest.json", _manifest)
 
     # ------------------------------------------------------------------------------------------------- find and make
+    @staticmethod
+    def new_name() -> str:
+        """The time, so names sort by age."""
+        return datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+
     @classmethod
-    def create(cls, models_dir: Path, name: str = "") -> Release:
-        """A new, empty release; the default name is the time, so names sort by age."""
-        name = name or datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    def create(cls, models_dir: Path, name: str) -> Release:
+        """The release `name`, made empty if there is none."""
         if not _NAME.fullmatch(name):
             raise UserError(f"{name!r} is no release name: use letters, digits, '.', '_' and '-', at most 63")
         folder = models_dir / name
@@ -74,22 +79,24 @@ class Release:
 
     @classmethod
     def names(cls, models_dir: Path) -> list[str]:
-        """Names of the releases in `models_dir`, oldest first."""
-        found = [folder for folder in models_dir.glob("*/") if (folder / "manifest.json").exists()]
-        return [
-            folder.name
-            for folder in sorted(found, key=lambda folder: (cls(folder).manifest["created_at"], folder.name))
-        ]
+        """Names of the releases in `models_dir`, oldest first. One whose manifest is damaged is no obstacle to the others."""
+        found = []
+        for manifest in models_dir.glob("*/manifest.json"):
+            with suppress(UserError):
+                found.append((cls(manifest.parent).manifest["created_at"], manifest.parent.name))
+        return [name for _, name in sorted(found)]
 
     @classmethod
     def open(cls, models_dir: Path, name: str = "") -> Release:
         """The release `name`, or the newest. Raises UserError when there is none."""
+        if _NAME.fullmatch(name) and (models_dir / name / "manifest.json").exists():
+            return cls(models_dir / name)
         names = cls.names(models_dir)
-        if name and name not in names:
+        if name:
             raise UserError(f"no release {name!r} in {models_dir} (there are: {', '.join(names) or 'none'})")
         if not names:
             raise UserError(f"no release in {models_dir} yet; run train_simcse.py first")
-        return cls(models_dir / (name or names[-1]))
+        return cls(models_dir / names[-1])
 
     # ---------------------------------------------------------------------------------------------------- live pointer
     @staticmethod
@@ -117,9 +124,10 @@ class Release:
         os.replace(temporary, self.folder / "manifest.json")
 
     def save_weights(self, file: str, model: nn.Module) -> None:
-        """Write a state dict, atomically, and note its sha256. Raises ValueError on a value that is not finite."""
+        """Write a state dict, atomically, and note its sha256. Raises UserError on a value that is not finite."""
         state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-        _check_finite(state, file)
+        if (key := _not_finite(state)) is not None:
+            raise UserError(f"the training of {file} diverged: {key!r} is not finite; try a smaller --learning-rate")
         temporary = self.folder / f"{file}.{os.getpid()}.tmp"
         torch.save(state, temporary)
         os.replace(temporary, self.folder / file)
@@ -132,19 +140,18 @@ class Release:
         if not path.exists():
             raise UserError(f"release {self.name} has no {file}; run the training script that makes it")
         if path.stat().st_size > MAX_CHECKPOINT_BYTES:
-            raise UserError(f"{path} is {path.stat().st_size} bytes, more than any model of ours; refusing to read it")
-        if _sha256(path) != self.manifest.get("files", {}).get(file):
             raise UserError(
-                f"{path} is not the file this release was made with (sha256 differs); restore or retrain it"
+                f"{path} is {path.stat().st_size} bytes, more than any model of ours, and was not read; {MEND}"
             )
+        if _sha256(path) != self.manifest.get("files", {}).get(file):
+            raise UserError(f"{path} is not the file this release was made with (sha256 differs); {MEND}")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            _check_finite(state, file)
             model.load_state_dict(state)
-        except UserError:
-            raise
         except Exception as error:  # torch raises anything from KeyError to UnpicklingError on a damaged file
-            raise UserError(f"{path} cannot be loaded: {error}") from error
+            raise UserError(f"{path} cannot be loaded; {MEND} ({error})") from error
+        if (key := _not_finite(state)) is not None:
+            raise UserError(f"{path} cannot be used: {key!r} is not finite; {MEND}")
         model.eval()
 
     def save_vocabularies(self, schema: FeatureSchema, std: StdVocab, re_vocab: ReVocab) -> None:
@@ -154,10 +161,10 @@ class Release:
 
     # ------------------------------------------------------------------------------------------------------------ parts
     def schema(self) -> FeatureSchema:
-        return FeatureSchema.model_validate_json((self.folder / "schema.json").read_text(encoding="utf-8"))
+        return self._read("schema.json", lambda path: FeatureSchema.model_validate_json(path.read_bytes()))
 
     def vocabularies(self) -> tuple[StdVocab, ReVocab]:
-        return StdVocab.load(self.folder / "std_vocab.json"), ReVocab.load(self.folder / "re_vocab.json")
+        return self._read("std_vocab.json", StdVocab.load), self._read("re_vocab.json", ReVocab.load)
 
     def item_tower(self) -> ItemTower:
         tower = ItemTower(ItemTowerConfig(**self._part("item_tower")["config"]))
@@ -180,7 +187,7 @@ class Release:
 
     def aligned_user_tower(self, product_ids: Sequence[str], file: str = USER_TOWER) -> UserTower:
         """The user tower with its collaborative table in the order of `product_ids`."""
-        trained = json.loads((self.folder / "trained_items.json").read_text(encoding="utf-8"))
+        trained = self._read("trained_items.json", lambda path: json.loads(path.read_bytes()))
         row_of = {product_id: row for row, product_id in enumerate(trained)}
         tower = self.user_tower(file)
         tower.realign([row_of.get(product_id, -1) for product_id in product_ids])
@@ -214,6 +221,13 @@ class Release:
             key: asdict(value) if hasattr(value, "__dataclass_fields__") else value for key, value in values.items()
         }
         self.save_manifest()
+
+    def _read(self, file: str, read: Callable[[Path], Part]) -> Part:
+        path = self.folder / file
+        try:
+            return read(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is missing or damaged; {MEND} ({error})") from error
 
     def _part(self, part: str) -> dict[str, Any]:
         if part not in self.manifest:
@@ -277,10 +291,19 @@ def catalogue_features(
     return item_features(products, std_vocab, re_vocab, layout, text_encoder.cached_tokens(titles), title_of)
 
 
-def _check_finite(state: Mapping[str, Tensor], file: str) -> None:
+def _manifest(path: Path) -> dict[str, Any]:
+    manifest = json.loads(path.read_bytes())
+    if not isinstance(manifest, dict) or "created_at" not in manifest:
+        raise ValueError("it is no manifest of ours")
+    return manifest
+
+
+def _not_finite(state: Mapping[str, Tensor]) -> str | None:
+    """The name of a tensor that holds an infinity or a NaN."""
     for key, value in state.items():
         if value.is_floating_point() and not math.isfinite(float(value.sum())) and not torch.isfinite(value).all():
-            raise UserError(f"{file}: the weights {key!r} are not finite; the training diverged or the file is damaged")
+            return key
+    return None
 
 
 def _sha256(path: Path) -> str:

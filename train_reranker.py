@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -210,6 +211,8 @@ def main(options: RerankerOptions) -> None:
         model, lambda epoch: shuffled_batches(train_rows, options.batch_size, options.seed, epoch), loss, validate,
         f"ndcg@{NDCG_AT}", options, release.folder, STAGE,
     )  # fmt: skip
+    if not PartialState().is_main_process:
+        return  # one process writes the release
     release.save_weights(RERANKER, model)
     release.record(
         "reranker",

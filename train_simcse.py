@@ -12,6 +12,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.distributed
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 from pydantic import Field
 from pytorch_metric_learning.losses import SupConLoss
 from torch import Tensor, nn
@@ -161,6 +163,8 @@ def main(options: SimcseOptions) -> None:
         release.folder,
         STAGE,
     )
+    if not PartialState().is_main_process:
+        return  # one process writes the release
     release.save_weights(ENCODER, tower)
     release.record(
         "item_tower",
@@ -175,12 +179,14 @@ def main(options: SimcseOptions) -> None:
 
 
 def _release(options: SimcseOptions) -> Release:
-    """The release asked for; else the newest if its encoder was interrupted; else a new one."""
-    if not options.release and not options.fresh:
+    """The release asked for; else the newest if its encoder was interrupted; else a new one. One for all processes."""
+    name = options.release
+    if not name and not options.fresh:
         names = Release.names(options.models_dir)
         if names and "item_tower" not in Release(options.models_dir / names[-1]).manifest:
-            return Release(options.models_dir / names[-1])
-    return Release.create(options.models_dir, options.release)
+            name = names[-1]
+    Accelerator()  # joins the processes; alone, it does nothing
+    return Release.create(options.models_dir, broadcast_object_list([name or Release.new_name()])[0])
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -263,7 +264,8 @@ def main(options: UserOptions) -> None:
         tower, softmax.batches, softmax.loss, validate, f"recall@{RETRIEVED}", options, release.folder, STAGE,
         parameters=parameter_groups, state=softmax,
     )  # fmt: skip
-    release.save_weights(USER_TOWER_HOLDOUT, tower)
+    if PartialState().is_main_process:
+        release.save_weights(USER_TOWER_HOLDOUT, tower)
 
     if options.refit:
         torch.manual_seed(options.seed)
@@ -275,6 +277,8 @@ def main(options: UserOptions) -> None:
             tower, softmax.batches, softmax.loss, lambda model: {"epochs": 0.0}, "epochs", again, release.folder,
             f"{STAGE}_refit", keep_best=False, parameters=parameter_groups, state=softmax,
         )  # fmt: skip
+    if not PartialState().is_main_process:
+        return  # one process writes the release
     release.save_weights(USER_TOWER, tower)
     release.save_trained_items(shop.items.product_ids)
     release.record(

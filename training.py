@@ -2,7 +2,8 @@
 
 A stage gives its model, its batches and its loss; the loop gives AdamW with warm-up and cosine decay, progress, curves
 (TensorBoard and PNG), early stopping on a validation metric, and checkpoints from which a killed run continues exactly: the
-same batches, the same random numbers, the same weights in the end as if nothing had happened.
+same batches, the same random numbers, the same weights in the end as if nothing had happened. (With several processes only
+the first one's random numbers are kept.)
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from catalog import FeatureSchema, Product, RawProduct
 from extract_features import EndpointReader, ExtractOptions, LexiconReader, ReaderSettings, extract, extract_all
 from lexicon import Lexicon, LexiconFile, plain_text
-from settings import Settings, UserError
+from settings import UserError
 from store import Store
 
 ROOT = Path(__file__).parents[1]
@@ -397,18 +397,9 @@ def endpoint() -> Iterator[Endpoint]:
     endpoint.server.server_close()
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    with Store.open(Settings(database_url="", data_dir=tmp_path_factory.mktemp("data"))) as store:
-        yield store
-
-
 @pytest.fixture
-def reader(endpoint: Endpoint, store: Store, request: pytest.FixtureRequest) -> EndpointReader:
-    """A model of its own for each test, so that no test finds another's answers in the cache."""
-    settings = ReaderSettings(
-        extract_url=endpoint.url, extract_model=request.node.name, extract_retries=2, extract_timeout=20
-    )
+def reader(endpoint: Endpoint, store: Store) -> EndpointReader:
+    settings = ReaderSettings(extract_url=endpoint.url, extract_model="m", extract_retries=2, extract_timeout=20)
     return EndpointReader(LEXICON, settings, store.cache)
 
 
@@ -534,7 +525,6 @@ def test_the_endpoint_must_be_named(store: Store):
 
 @pytest.fixture
 def shop(store: Store) -> Store:
-    store.products.delete([product.product_id for batch in store.products.iter_raw() for product in batch])
     store.put_schema(SMALL)
     store.products.put([raw("Navy dress", product_id="a"), raw("Black shirt", product_id="b", colour=["plaid"])])
     return store

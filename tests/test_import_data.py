@@ -19,26 +19,11 @@ from catalog import Event, FeatureSchema, Product, RawProduct, Rejected, User
 from datasets import Source, hm
 from datasets.events import event_frame
 from import_data import READERS, SHOWN_REASONS, ImportOptions, import_source, report_lines
-from settings import Settings
-from store import Counts, ImportReport, Store
+from store import Counts, ImportReport
 
 ROOT = Path(__file__).parent.parent
 TABLES = ("products", "users", "events", "feature_schema", "quarantine")
 SCHEMA = FeatureSchema(std={"colour": ["red", "blue"]}, re=["fit"])
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    settings = Settings(_env_file=None, database_url="", data_dir=tmp_path_factory.mktemp("data"))
-    with Store.open(settings) as store:
-        yield store
-
-
-@pytest.fixture
-def store(server):
-    with server.pool.connection() as connection:
-        connection.execute(f"TRUNCATE {', '.join(TABLES)}")
-    return server
 
 
 def snapshot(store):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -20,8 +21,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import train_simcse
+from catalog import FeatureSchema, Product, RawProduct
+from release import Release
 from settings import UserError
-from train_simcse import gather_views, nt_xent
+from tests.tiny import tiny_text_encoder
+from train_simcse import SimcseOptions, gather_views, nt_xent
 from training import FitReport, TrainOptions, fit, shuffled_batches
 
 ROOT = Path(__file__).parents[1]
@@ -248,25 +253,46 @@ def contrastive_step(folder: Path) -> dict[str, Any]:
     return {"loss": report.history[-1]["loss"], "gradient": model.weight.grad}
 
 
-def test_two_processes_learn_what_one_does(tmp_path):
-    """In-batch negatives come from both processes' items, and the gradient is that of the whole batch."""
-    one = contrastive_step(tmp_path / "one")
+def two_processes(folder: Path, database_url: str) -> None:
+    """What each of two processes does: the step above, and the first stage as its script does it."""
+    rank = int(os.environ["RANK"])
+    torch.save(contrastive_step(folder / "two"), folder / f"{rank}.pt")
+    # Clocks differ, and the release is named by the clock.
+    with patch.object(Release, "new_name", lambda: f"by-{rank}"):
+        train_simcse.main(
+            SimcseOptions(
+                _env_file=None, database_url=database_url, data_dir=folder, models_dir=folder / "models",
+                text_encoder=str(folder / "text"), epochs=1, batch_size=8, fresh=True,
+            )
+        )  # fmt: skip
+
+
+def test_two_processes_learn_what_one_does(store, tmp_path):
+    """In-batch negatives come from both processes' items, the gradient is that of the whole batch, the release is one."""
+    store.put_schema(FeatureSchema(std={"colour": ["red", "blue"]}, re=["fit"]))
+    products = [RawProduct(product_id=str(number), title="red shirt") for number in range(20)]
+    store.products.put(products)
+    store.products.put_features([Product(product_id=p.product_id, title=p.title) for p in products], "test")
+    tiny_text_encoder(tmp_path / "text")
     # As `ACCELERATE_USE_CPU=true torchrun --standalone --nproc-per-node 2 train_simcse.py` does; `accelerate launch --cpu`
     # starts one process only, unless there is an MPI.
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--module", "tests.test_training"]
     done = subprocess.run(
-        [sys.executable, "-m", *torchrun, tmp_path],
+        [sys.executable, "-m", *torchrun, tmp_path, store.url],
         cwd=ROOT, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    one = contrastive_step(tmp_path / "one")
     for rank in range(2):
         two = torch.load(tmp_path / f"{rank}.pt")
         assert two["loss"] == pytest.approx(one["loss"], abs=1e-9)
         torch.testing.assert_close(two["gradient"], one["gradient"], atol=1e-9, rtol=0)
     # Beyond a norm of 1 the gradient is clipped, and a wrong length would not be seen.
     assert 1e-3 < one["gradient"].norm() < 0.99
+    assert Release.names(tmp_path / "models") == ["by-0"]
+    Release.open(tmp_path / "models").item_tower()  # its weights are those of its manifest
+    assert done.stdout.count("encoder_stage1.pth") == 1
 
 
 if __name__ == "__main__":
-    rank = int(os.environ["RANK"])
-    torch.save(contrastive_step(Path(sys.argv[1]) / "two"), Path(sys.argv[1]) / f"{rank}.pt")
+    two_processes(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,146 @@
+"""What a release refuses to load: each damage is named, with its file and what to do, and harms no other release."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import release as releases
+from catalog import FeatureSchema
+from release import USER_TOWER, Release
+from settings import UserError
+from vocab import ReVocab, StdVocab
+
+MEND = "restore it, train again, or use another release"
+SCHEMA = FeatureSchema(std={"colour": ["red", "blue"]}, re=["fit"])
+
+
+def network() -> nn.Module:
+    return nn.Linear(3, 2)
+
+
+@pytest.fixture
+def saved(tmp_path) -> Release:
+    release = Release.create(tmp_path, "saved")
+    release.save_weights(USER_TOWER, network())
+    release.save_vocabularies(SCHEMA, StdVocab(SCHEMA), ReVocab(SCHEMA.re))
+    return release
+
+
+def test_what_was_saved_is_what_is_loaded(saved):
+    torch.manual_seed(1)
+    first, second = network(), network()
+    saved.save_weights(USER_TOWER, first)
+    Release.open(saved.folder.parent).load_weights(USER_TOWER, second)
+    assert torch.equal(first.weight, second.weight)
+    assert not second.training
+    assert saved.schema() == SCHEMA
+    assert saved.vocabularies()[0].words == StdVocab(SCHEMA).words
+
+
+def refused(release: Release, file: str, said: str) -> None:
+    with pytest.raises(UserError) as stopped:
+        release.load_weights(file, network())
+    assert str(release.folder / file) in str(stopped.value)
+    assert said in str(stopped.value)
+    assert MEND in str(stopped.value)
+
+
+def test_a_weight_file_with_one_bit_changed_is_refused(saved):
+    content = bytearray((saved.folder / USER_TOWER).read_bytes())
+    content[len(content) // 2] ^= 1
+    (saved.folder / USER_TOWER).write_bytes(content)
+    refused(saved, USER_TOWER, "sha256 differs")
+
+
+def test_a_weight_file_of_another_release_is_refused(saved):
+    other = Release.create(saved.folder.parent, "other")
+    other.save_weights(USER_TOWER, network())
+    (saved.folder / USER_TOWER).write_bytes((other.folder / USER_TOWER).read_bytes())
+    refused(saved, USER_TOWER, "sha256 differs")
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"weight": torch.full((2, 3), float("nan")), "bias": torch.zeros(2)}, "'weight' is not finite"),
+        ({"weight": torch.zeros(2, 3), "bias": torch.tensor([0.0, -float("inf")])}, "'bias' is not finite"),
+        ({"weight": torch.zeros(2, 4), "bias": torch.zeros(2)}, "size mismatch for weight"),
+        ({"weight": torch.zeros(2, 3)}, 'Missing key(s) in state_dict: "bias"'),
+        ([1, 2], "cannot be loaded"),
+        (Path("/"), "cannot be loaded"),  # an object that only running code could make: never unpickled
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_even_with_the_right_checksum(saved, state: Any, said):
+    torch.save(state, saved.folder / USER_TOWER)
+    saved.manifest["files"][USER_TOWER] = hashlib.sha256((saved.folder / USER_TOWER).read_bytes()).hexdigest()
+    refused(saved, USER_TOWER, said)
+
+
+def test_a_file_beyond_any_model_is_refused_before_it_is_read(saved, monkeypatch):
+    monkeypatch.setattr(releases, "MAX_CHECKPOINT_BYTES", 100)
+    monkeypatch.setattr(releases, "_sha256", None)  # reading it would call this
+    refused(saved, USER_TOWER, "more than any model of ours")
+
+
+def test_a_missing_weight_file_is_named(saved):
+    (saved.folder / USER_TOWER).unlink()
+    with pytest.raises(UserError, match=r"release saved has no user_tower\.pth; run the training script"):
+        saved.load_weights(USER_TOWER, network())
+
+
+def test_weights_that_diverged_are_not_saved(saved):
+    model = network()
+    nn.init.constant_(model.bias, float("inf"))
+    before = (saved.folder / USER_TOWER).read_bytes()
+    with pytest.raises(UserError, match=r"training of user_tower\.pth diverged: 'bias'.*--learning-rate"):
+        saved.save_weights(USER_TOWER, model)
+    assert (saved.folder / USER_TOWER).read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"\xff\xfe", b'{"fields": ["colour"]}'])
+@pytest.mark.parametrize("file", ["schema.json", "std_vocab.json", "re_vocab.json"])
+def test_a_damaged_vocabulary_or_schema_is_named(saved, file, content):
+    if content is None:
+        (saved.folder / file).unlink()
+    else:
+        (saved.folder / file).write_bytes(content)
+    with pytest.raises(UserError) as stopped:
+        saved.schema() if file == "schema.json" else saved.vocabularies()
+    assert f"{saved.folder / file} is missing or damaged; {MEND}" in str(stopped.value)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"name": "brok', b"[]", b"{}", b"\xff\xfe"])
+def test_a_damaged_manifest_is_named_and_the_other_releases_open(saved, content):
+    folder = Release.create(saved.folder.parent, "zzz-broken").folder
+    (folder / "manifest.json").write_bytes(content)
+    with pytest.raises(UserError) as stopped:
+        Release.open(saved.folder.parent, "zzz-broken")
+    assert f"{folder / 'manifest.json'} is missing or damaged; {MEND}" in str(stopped.value)
+    assert Release.names(saved.folder.parent) == ["saved"]
+    assert Release.open(saved.folder.parent, "saved").manifest == saved.manifest
+    assert Release.open(saved.folder.parent).name == "saved"
+
+
+def test_a_release_that_is_not_there_is_said_with_those_that_are(saved, tmp_path):
+    with pytest.raises(UserError, match=r"no release 'ghost' in .*\(there are: saved\)"):
+        Release.open(tmp_path, "ghost")
+    with pytest.raises(UserError, match="run train_simcse"):
+        Release.open(tmp_path / "empty")
+
+
+def test_releases_are_listed_by_age(tmp_path):
+    (tmp_path / "no-release").mkdir()
+    for name, created_at in (("b", "2024-01-02"), ("c", "2024-01-01"), ("a", "2024-01-03")):
+        release = Release.create(tmp_path, name)
+        release.manifest["created_at"] = created_at
+        release.save_manifest()
+    assert Release.names(tmp_path) == ["c", "b", "a"]
+    assert Release.open(tmp_path).name == "a"
+    assert json.loads((tmp_path / "a/manifest.json").read_text())["name"] == "a"
