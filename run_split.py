@@ -31,8 +31,8 @@ PIPELINES: dict[str, list[list[str]]] = {
     "hm-week": [
         ["import_data.py", "hm", "{folder}", "--until", "2020-09-21"],
         ["extract_features.py"],
-        ["train_simcse.py", "--release", "split", "--epochs", "3"],
-        ["train_user.py", "--release", "split"],
+        ["train_simcse.py", "--release", "split", "--epochs", "2"],
+        ["train_user.py", "--release", "split", "--epochs", "3"],
         ["train_reranker.py", "--release", "split"],
         ["build_index.py", "--release", "split"],
         ["evaluate.py", "hm-week", "{folder}"],

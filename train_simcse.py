@@ -38,7 +38,7 @@ TEXT_SAMPLE = 2000  # titles that say what is common to all
 class SimcseOptions(TrainOptions):
     epochs: int = Field(10, ge=1, le=10_000, description="passes over the catalogue at most")
     batch_size: int = Field(512, ge=4, le=65_536, description="items a step; every other item is a negative")
-    temperature: float = Field(0.05, ge=0.02, le=1.0, description="of NT-Xent; below 0.02 float32 gradients vanish")
+    temperature: float = Field(0.1, ge=0.02, le=1.0, description="of NT-Xent; below 0.02 float32 gradients vanish")
     std_dropout: float = Field(0.2, ge=0, lt=1, description="share of STD values masked in a view")
     re_dropout: float = Field(0.3, ge=0, lt=1, description="share of RE values dropped in a view")
     token_masking: float = Field(0.3, ge=0, lt=1, description="share of title tokens masked in a view")
