@@ -14,6 +14,7 @@ from typing import Any
 import hypothesis
 import psycopg
 import pytest
+import torch
 from psycopg.conninfo import conninfo_to_dict
 
 import build_index
@@ -27,10 +28,13 @@ from store import Store, embedded
 from tests.tiny import tiny_text_encoder
 
 TEMPLATE = "empty_store"
+TINY_SHOP: dict[str, Any] = {"seed": 1, "products": 200, "shoppers": 120, "events": 4000, "days": 40}
 
 # How long an example takes says how busy the machine is, nothing about the code.
 hypothesis.settings.register_profile("no-deadline", deadline=None)
 hypothesis.settings.load_profile("no-deadline")
+# Tensors this small gain nothing from threads, and on a busy machine threads only wait for each other.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -82,15 +86,15 @@ def new_shop(new_database: NewDatabase) -> Iterator[NewShop]:
             "text_encoder": str(folder / "text"), "_env_file": None,
         }  # fmt: skip
         settings = Settings(**common)
-        made = sample_shop.generate(seed=1, products=200, shoppers=120, events=4000, days=40)
+        made = sample_shop.generate(**TINY_SHOP)
         with Store.open(settings) as store, store.importing("sample") as batch:
             batch.schema(made.schema)
             batch.products(made.products)
             batch.users(made.users)
             batch.events(made.events)
         extract_features.main(extract_features.ExtractOptions(**common))
-        train_simcse.main(train_simcse.SimcseOptions(**common, epochs=2, batch_size=64))
-        train_user.main(train_user.UserOptions(**common, epochs=2, batch_size=128, history=10))
+        train_simcse.main(train_simcse.SimcseOptions(**common, epochs=4, batch_size=64))
+        train_user.main(train_user.UserOptions(**common, epochs=6, batch_size=128, learning_rate=3e-3, history=10))
         train_reranker.main(train_reranker.RerankerOptions(**common, epochs=2))
         build_index.main(build_index.IndexOptions(**common))
 

@@ -11,6 +11,7 @@ from datasets import sample_shop
 from recommender import Recommender, Request, UnavailableError
 from release import Release
 from store import Filters, Store
+from tests.conftest import TINY_SHOP
 from text_encoder import TextEncoder
 
 NOW = sample_shop.NOW.timestamp()
@@ -70,6 +71,35 @@ def test_context_body_and_history_each_move_the_scores(asked, change):
     moved = {item.product_id: item.score for item in recommender.recommend(Request(k=100, now=NOW, **change)).items}
     both = plain.keys() & moved.keys()
     assert any(abs(plain[item] - moved[item]) > 1e-4 for item in both)
+
+
+def test_context_body_and_history_each_bring_what_the_shopper_wants(asked):
+    """The sample shop knows the truth: how much a shopper wants an item, given the occasion they name."""
+    store, recommender = asked
+    truth = sample_shop.generate(**TINY_SHOP)
+    log = store.events.read()
+    contexts = [context for context in log.contexts if context]
+    profiles = store.users.read_profiles()
+    shoppers = [user for user in log.user_ids if user in profiles][:60]
+
+    def worth(context_told: bool, **told) -> float:
+        """Mean utility of the first ten over all shoppers, each with an occasion in mind, of which the list may know."""
+        total = 0.0
+        for number, user in enumerate(shoppers):
+            context = contexts[number % len(contexts)]
+            given = {name: value(user) for name, value in told.items()}
+            request = Request(context=context if context_told else "", k=10, now=NOW, exclude_history=False, **given)
+            items = recommender.recommend(request).items
+            total += np.mean([truth.affinity(user, item.product_id, context) for item in items])
+        return total / len(shoppers)
+
+    nothing = worth(False)
+    gains = {
+        "context": worth(True) - nothing,
+        "body": worth(False, profile=lambda user: profiles[user]) - nothing,
+        "history": worth(False, user_id=lambda user: user) - nothing,
+    }
+    assert min(gains.values()) > 0.3, gains
 
 
 def test_an_unknown_user_and_an_unknown_item_are_said_and_answered(asked):
