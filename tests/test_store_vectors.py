@@ -311,8 +311,9 @@ def test_a_search_leaves_the_connection_as_it_was(indexed):
         "hnsw.ef_search",
         "hnsw.iterative_scan",
     )
+    values = {"query": QUERIES[0], "exclude": [], "met_by": None, "limit": 1}
     with indexed.pool.connection() as connection:
-        vectors._hnsw(connection, RELEASE, sql.SQL("true"), {"query": QUERIES[0], "exclude": [], "limit": 1}, 77, None)
+        vectors._hnsw(connection, RELEASE, sql.SQL("true"), values, 77, None)
         values = [connection.execute(f"SHOW {name}").fetchone()[0] for name in names]
     assert values == ["on", "on", "2", "40", "off"]
 
