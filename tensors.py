@@ -317,6 +317,11 @@ class Histories:
             instant_start[instant], instant_end[instant], first_meeting, weight[pair_of],
         )  # fmt: skip
 
+    def lengths(self, rows: np.ndarray, length: int, with_basket: bool = False) -> np.ndarray:
+        """How many columns `before` needs for each of `rows`: int64 [B]."""
+        end = (self.instant_end if with_basket else self.instant_start)[rows]
+        return np.minimum(end - self.starts[self.user[rows]], length)
+
     def before(self, rows: np.ndarray, length: int, with_basket: bool = False) -> HistoryIndex:
         """The latest `length` events before each of the events `rows`.
 
@@ -324,8 +329,8 @@ class Histories:
         know only days, a basket is most of what there is to learn from.
         """
         end = (self.instant_end if with_basket else self.instant_start)[rows]
-        start = np.maximum(self.starts[self.user[rows]], end - length)
-        index = start[:, None] + np.arange(max(1, int((end - start).max(initial=0))))
+        columns = self.lengths(rows, length, with_basket)
+        index = (end - columns)[:, None] + np.arange(max(1, int(columns.max(initial=0))))
         mask = index < end[:, None]
         index = np.where(mask, index, 0)
         if with_basket:

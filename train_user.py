@@ -12,6 +12,7 @@ the full softmax.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from training import TrainOptions, finish, fit
 
 STAGE = "user"
 RETRIEVED = 100
+POPULARITY_TABLES = 32  # days whose popularity is kept in memory
 SCORE_BATCH = 256  # requests scored against the whole catalogue at once
 MINING_REQUESTS = 1024  # that hard negatives are mined from, each epoch
 MINED = 50  # top items of each
@@ -70,18 +72,20 @@ class SampledSoftmax:
             )
         self.profiles = shop.profile_scaler(end).transform(shop.profiles)
         self.vectors = torch.from_numpy(shop.vectors)
+        self.length = shop.histories.lengths(self.targets, options.history, options.baskets)
         self.day = (shop.histories.at[self.targets] // DAY).astype(np.int64)
         count = len(shop.items)
         self.target_share = np.bincount(shop.histories.item[self.targets], minlength=count) / len(self.targets)
         self.hard_share_of = np.full(count, 1.0 / count)
         self.mined_epoch = 0
-        self._popularity: dict[float, Tensor] = {}
+        self.popularity = lru_cache(POPULARITY_TABLES)(self._popularity)
 
     def batches(self, epoch: int) -> list[np.ndarray]:
-        """Batches of events of one day each, so that one popularity table serves a batch."""
+        """Batches of events of one day each, so that one popularity table serves a batch, and of histories of about one
+        length, so that little of it is padding."""
         random = np.random.default_rng([self.options.seed, epoch])
         order = random.permutation(len(self.targets))
-        order = order[np.argsort(self.day[order], kind="stable")]
+        order = order[np.lexsort((self.length[order], self.day[order]))]
         batches: list[np.ndarray] = []
         size = self.options.batch_size
         for rows in np.split(order, np.flatnonzero(np.diff(self.day[order])) + 1):
@@ -100,13 +104,9 @@ class SampledSoftmax:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.hard_share_of, self.mined_epoch = state_dict["hard_share_of"].numpy(), state_dict["mined_epoch"]
 
-    def popularity(self, as_of: float) -> Tensor:
-        """Popularity coordinates of the whole catalogue: float32 [N, P]; one day's table is kept at a time."""
-        if as_of not in self._popularity:
-            self._popularity = {
-                as_of: torch.from_numpy(self.shop.popularity.coordinates(np.arange(len(self.shop.items)), as_of))
-            }
-        return self._popularity[as_of]
+    def _popularity(self, as_of: float) -> Tensor:
+        """Popularity coordinates of the whole catalogue: float32 [N, P]."""
+        return torch.from_numpy(self.shop.popularity.coordinates(np.arange(len(self.shop.items)), as_of))
 
     def loss(self, model: nn.Module, rows: np.ndarray) -> Tensor:
         shop, histories, options = self.shop, self.shop.histories, self.options
