@@ -93,8 +93,10 @@ class Service:
             self.open()
             assert self.store is not None
             self.store.products.existing([])
-        except (UserError, pipeline.UnavailableError, psycopg.Error) as error:
-            return " ".join(str(error).split()) or type(error).__name__
+        except (UserError, pipeline.UnavailableError) as error:
+            return " ".join(str(error).split())
+        except psycopg.Error as error:
+            return f"the database does not answer: {' '.join(str(error).split()) or type(error).__name__}"
         return ""
 
     async def keep_trying(self) -> None:
