@@ -115,6 +115,7 @@ class LoadedRelease:
         self.prices = PriceScale(**release.manifest["reranker"]["prices"])
         self.trained_re_words = len(self.encoder.re_vocab)
         self.row_norm = float(release.manifest["index"]["norm"])
+        self.ef_search = int(release.manifest["index"]["ef_search"])  # what the index's recall was measured with
         self.allowed_values = {
             field_name: {normalise(value): value for value in values}
             for field_name, values in release.schema().std.items()
@@ -225,7 +226,7 @@ class Recommender:
             met, met_by = (request.history, request.user_id) if request.exclude_history else ([], None)
             exclude = list(dict.fromkeys([*request.exclude, *met]))
             found = self.store.vectors.search(
-                loaded.name, query[0], max(request.k, CANDIDATES), request.filters, exclude, met_by=met_by
+                loaded.name, query[0], max(request.k, CANDIDATES), request.filters, exclude, loaded.ef_search, met_by
             )
         with clock("rerank"):
             self._know_words(loaded, found.re_ids)
@@ -363,7 +364,7 @@ class Recommender:
             raise LookupError(product_id)
         query = rows.vectors[0].copy()
         query[loaded.item_width :] = 0.0  # likeness alone, however popular
-        found = self.store.vectors.search(loaded.name, query, k, Filters(), [product_id])
+        found = self.store.vectors.search(loaded.name, query, k, Filters(), [product_id], ef_search=loaded.ef_search)
         return [
             Neighbour(other, title, _known(price), rank, float(score))
             for rank, (other, title, price, score) in enumerate(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import build_index
 import extract_features
 from catalog import Event, RawProduct
 from datasets import sample_shop
 from recommender import Recommender, Request, UnavailableError
 from release import Release
+from settings import UserError
+from shop_data import ShopData
 from store import Filters, Store
 from tests.conftest import TINY_SHOP
 from text_encoder import TextEncoder
@@ -40,6 +43,28 @@ def test_the_release_is_live_and_complete(shop):
     assert release.manifest["index"]["items"] == 200
     assert release.manifest["index"]["recall"] > 0.95
     assert not list(release.folder.glob("*.checkpoint.pt"))
+
+
+def test_searches_are_as_wide_as_the_index_needs_and_a_bad_index_is_refused(asked, shop):
+    """Rows turned about stand for an index that finds the wrong items: of the best 100, only what is near the middle."""
+    store, recommender = asked
+    release = Release.open(shop.models_dir)
+    data = ShopData.load(store, recommender.live().encoder, release.manifest["user_tower"]["popularity_days"])
+    rows, _ = build_index.index_rows(data, release)
+    queries = build_index.queries_of_shoppers(data, release, 20)
+
+    def width(rows, **bounds):
+        options = build_index.IndexOptions(**shop.model_dump(), **bounds)
+        return build_index.search_width(store, release, rows, data.items.product_ids, queries, options)
+
+    ef_search, recall = width(rows)
+    assert ef_search == build_index.SEARCH_WIDTHS[0]
+    assert recall >= 0.99
+    ef_search, recall = width(-rows, min_recall=0.0)
+    assert ef_search == build_index.SEARCH_WIDTHS[-1]
+    assert recall < 0.5
+    with pytest.raises(UserError, match=r"finds only 0.*raise --hnsw-m"):
+        width(-rows)
 
 
 def test_an_answer_has_k_distinct_ranked_items_with_reasons(asked):
