@@ -27,8 +27,8 @@ release: $(VENV)/installed
 train: $(VENV)/installed
 	$(RUN) import_data.py sample
 	$(RUN) extract_features.py
-	$(RUN) train_simcse.py --epochs 8 --batch-size 256
-	$(RUN) train_user.py --epochs 4 --learning-rate 0.002 --history 20
+	$(RUN) train_simcse.py --epochs 6 --batch-size 256
+	$(RUN) train_user.py --epochs 3 --learning-rate 0.002 --history 20
 	$(RUN) train_reranker.py
 	$(RUN) build_index.py
 

@@ -167,7 +167,8 @@ class Vectors:
                             "SELECT set_config('max_parallel_maintenance_workers', %s, true)", (workers,)
                         )
                     connection.execute(statement)
-                    connection.execute(sql.SQL("ANALYZE {}").format(table_of(release)))
+                    # Searches join the products: without figures on a table filled a moment ago the plan is a bad one.
+                    connection.execute(sql.SQL("ANALYZE {}, products, events").format(table_of(release)))
                 return
             except (psycopg.errors.DiskFull, psycopg.errors.OutOfMemory):
                 # Parallel builds share memory through /dev/shm, which containers keep small (64 MB in Docker).
@@ -354,6 +355,8 @@ def _hnsw(
         # On a small table the planner would rather sort everything; this leaves it only the index's own order.
         "enable_seqscan": "off",
         "enable_sort": "off",
+        # And each product by its key, never all of them kept aside to be gone through for every row.
+        "enable_material": "off",
     }
     query = _HNSW.format(vectors=table_of(release), met=_MET, filters=where, binary=BINARY)
     return _query(connection, settings, query, parameters, prepare)
