@@ -34,7 +34,7 @@ train: $(VENV)/installed
 
 serve: $(VENV)/installed
 	@echo "StyleTower serves at $(ADDRESS) (stop with Ctrl-C; its interactive API page is $(ADDRESS)/docs). Try:"
-	@echo "  curl -s $(ADDRESS)/recommend -H 'Content-Type: application/json' -d '{\"context\": \"beach vacation\", \"profile\": {\"height_cm\": 165, \"weight_kg\": 55}, \"k\": 5}'"
+	@echo "  curl -s $(ADDRESS)/recommend -H 'Content-Type: application/json' -d '{\"context\": \"beach vacation\", \"profile\": {\"height_cm\": 165, \"weight_kg\": 55}, \"k\": 3}'"
 	$(VENV)/bin/uvicorn api_controller.app:app --host 127.0.0.1 --port 8000
 
 test: $(VENV)/installed-dev

@@ -445,4 +445,5 @@ class _Clock:
         self.stages[stage] = 1000 * (time.perf_counter() - start)
 
     def milliseconds(self) -> dict[str, float]:
-        return {**self.stages, "total": 1000 * (time.perf_counter() - self.started)}
+        stages = {**self.stages, "total": 1000 * (time.perf_counter() - self.started)}
+        return {stage: round(value, 3) for stage, value in stages.items()}
