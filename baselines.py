@@ -1,4 +1,5 @@
-"""The plain lines that every table stands beside: popularity in its windows, item-kNN, EASE, attributes and words.
+"""The plain lines that every table stands beside: popularity in its windows, item-kNN, EASE, attributes and words; and the lines of
+libraries that live in an environment of their own (benchmarks/peers).
 
 Each takes the training side of a split and returns a function from the items a shopper met (rows) to a score for every item, or
 None where it does not apply. All are exact; none is tuned.
@@ -6,9 +7,13 @@ None where it does not apply. All are exact; none is tuned.
 
 from __future__ import annotations
 
+import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.sparse
@@ -16,6 +21,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.preprocessing import normalize
 
 from catalog import Product
+from settings import UserError
 from tensors import DAY, Histories
 
 Score = Callable[[np.ndarray], np.ndarray]
@@ -23,6 +29,8 @@ Score = Callable[[np.ndarray], np.ndarray]
 EASE_MOST_ITEMS = 20_000  # beyond, its items-by-items inverse does not fit a small machine
 EASE_REGULARISATION = 200.0
 POPULARITY_WEIGHT = 0.1  # of log popularity beside content, as published with these splits
+GROUP_WEIGHT = 0.7  # of an item's group (its other colours and sizes) beside content, likewise
+PEERS = Path(__file__).with_name("benchmarks") / "peers"
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class Split:
     products: Sequence[Product]
     histories: Histories
     cut: float
+    groups: Sequence[str | None] = ()  # of each product; empty if the shop has none
 
     def items_of(self, user_id: str) -> np.ndarray:
         """Distinct rows of the items a shopper met; empty for a stranger."""
@@ -93,15 +102,22 @@ def ease(split: Split) -> Score | None:
     return lambda met: weights[met].sum(0)
 
 
-def content(popularity_weight: float, split: Split) -> Score | None:
-    """TF-IDF of titles and words with attribute one-hots, mean of the history, plus weighted log popularity."""
+def content(popularity_weight: float, split: Split, group_weight: float = 0.0) -> Score | None:
+    """TF-IDF of titles and words with attribute one-hots, mean of the history, plus weighted log popularity; and, if
+    weighted, the item's group as one more attribute."""
+    if group_weight and not any(split.groups):
+        return None
     documents = [" ".join([p.title, *(v for values in p.re.values() for v in values)]) for p in split.products]
     attributes = [[f"{field}={v}" for field, values in p.std.items() for v in values] for p in split.products]
     if len({tuple(row) for row in attributes}) < len(split.products) // 100:
         return None  # products that hardly differ on paper
-    words = TfidfVectorizer(min_df=2, sublinear_tf=True).fit_transform(documents)
-    columns = TfidfVectorizer(analyzer=lambda row: row, use_idf=False).fit_transform(attributes)
+    words = _columns(documents, min_df=2, sublinear_tf=True)
+    columns = _columns(attributes, analyzer=lambda row: row, use_idf=False)
     vectors = normalize(scipy.sparse.hstack([words, columns]).tocsr())
+    if group_weight:
+        own = [[group] if group else [] for group in split.groups]
+        group_columns = _columns(own, analyzer=lambda row: row, use_idf=False)
+        vectors = normalize(scipy.sparse.hstack([vectors, group_weight * group_columns]).tocsr())
     transposed = vectors.T.tocsr()
     counts = np.bincount(split.histories.item[split.histories.first_meeting], minlength=len(split.product_ids))
     wanted = popularity_weight * np.log1p(counts)
@@ -113,6 +129,14 @@ def content(popularity_weight: float, split: Split) -> Score | None:
     return score
 
 
+def _columns(rows: Sequence[Any], **options: Any) -> scipy.sparse.csr_matrix:
+    """TF-IDF of what each row holds: [N, words]; no columns when the rows hold nothing that counts."""
+    try:
+        return TfidfVectorizer(**options).fit_transform(rows)
+    except ValueError:  # its word for an empty vocabulary
+        return scipy.sparse.csr_matrix((len(rows), 0))
+
+
 BASELINES: dict[str, Callable[[Split], Score | None]] = {
     "popularity": partial(popularity, None),
     "popularity, last 90 days": partial(popularity, 90.0),
@@ -121,4 +145,35 @@ BASELINES: dict[str, Callable[[Split], Score | None]] = {
     "EASE": ease,
     "content": partial(content, 0.0),
     "content + log popularity": partial(content, POPULARITY_WEIGHT),
+    "content + log popularity + group": partial(content, POPULARITY_WEIGHT, group_weight=GROUP_WEIGHT),
 }
+
+PEER_SCRIPTS: dict[str, Path] = {"implicit ALS, 64 factors": PEERS / "implicit_als.py"}
+
+
+def peer_lists(python: Path, script: Path, split: Split, user_ids: Sequence[str], count: int) -> list[list[str]] | None:
+    """What a library recommends to `user_ids`, `count` products each; None when one of them has no history.
+
+    The script runs in the environment of `python`, and is told and answers by files (see benchmarks/peers). Raises UserError
+    when it fails.
+    """
+    histories = split.histories
+    number_of = {user_id: number for number, user_id in enumerate(histories.user_ids)}
+    if any(user_id not in number_of for user_id in user_ids):
+        return None
+    with tempfile.TemporaryDirectory() as name:
+        question, answer = Path(name) / "question.npz", Path(name) / "answer.npz"
+        order = np.argsort(histories.at, kind="stable")
+        np.savez(
+            question, user=histories.user[order].astype(np.int64), item=histories.item[order].astype(np.int64),
+            shape=(len(histories.user_ids), len(split.product_ids)), count=count,
+            judged=np.array([number_of[user_id] for user_id in user_ids]),
+        )  # fmt: skip
+        try:
+            subprocess.run([python, script, question, answer], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise UserError(
+                f"{script.name} did not run: {error}; --peers takes the python of an environment with {PEERS / 'requirements.txt'}"
+            ) from error
+        with np.load(answer) as found:
+            return [[split.product_ids[item] for item in row if item >= 0] for row in found["lists"]]

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import datasets.hm
 import datasets.rent_the_runway
-from baselines import BASELINES, Split
+from baselines import BASELINES, PEER_SCRIPTS, Split, peer_lists
 from catalog import Rejected
 from recommender import Recommender, Request, UnavailableError
 from settings import Settings, UserError, run_script
@@ -50,6 +50,9 @@ class EvaluateOptions(Settings):
     )
     folder: CliPositionalArg[Path | None] = Field(None, description="folder of the data set")
     baselines: bool = Field(True, description="measure the plain lines beside the release")
+    peers: Path | None = Field(
+        None, description="python of the environment of benchmarks/peers/requirements.txt: measure these libraries too"
+    )
     limit: int = Field(0, ge=0, description="judge only so many shoppers (0: all); nothing is written then")
 
 
@@ -213,6 +216,11 @@ def main(options: EvaluateOptions) -> None:
                 found = _baseline_lists(split, cases, score)
                 if found is not None:
                     lists[name, "retrieval"] = found
+        if options.peers:
+            for name, script in PEER_SCRIPTS.items():
+                found = peer_lists(options.peers, script, split, [case.user_id for case in cases], RETRIEVED)
+                if found is not None:
+                    lists[name, "retrieval"] = found
 
     command = f"python evaluate.py {options.what} FOLDER"
     rows = [
@@ -239,7 +247,10 @@ def _training_side(store: Store, cut: datetime) -> Split:
             f"the database holds events from {cut.date()} on, which the test asks about; import with --until"
         )
     ids = [product.product_id for product in products]
-    return Split(ids, products, Histories.build(log, ids), cut.timestamp())
+    commerce = store.products.read_commerce()
+    group_of = dict(zip(commerce.product_ids, commerce.group_id, strict=True))
+    groups = [group_of[product_id] for product_id in ids]
+    return Split(ids, products, Histories.build(log, ids), cut.timestamp(), groups)
 
 
 def _baseline_lists(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import baselines
-from baselines import BASELINES, EASE_REGULARISATION, Split, content, ease, item_knn
+from baselines import BASELINES, EASE_REGULARISATION, Split, content, ease, item_knn, peer_lists
 from catalog import Product
 from evaluate import Case, _baseline_lists
+from settings import UserError
 from store import EventLog
 from tensors import DAY, Histories
 
@@ -126,6 +131,49 @@ def test_ease_is_left_out_where_its_matrix_would_not_fit(five, monkeypatch):
 def test_content_is_left_out_where_products_hardly_differ_on_paper():
     products = [Product(product_id=str(item), title="gown", std={"category": ["gown"]}) for item in range(200)]
     assert content(0.0, split_of([("u1", "0", 1)], products)) is None
+
+
+def test_other_colours_of_what_was_taken_come_first_by_their_group():
+    """The dress and the coat share no word; only the group says that p2 is p0 in another colour."""
+    titles = ["red dress", "blue dress", "green coat", "grey coat"]
+    products = [Product(product_id=f"p{n}", title=title) for n, title in enumerate(titles * 2)]
+    split = split_of([("u", "p0", 1)], products)
+    with_groups = replace(split, groups=["g", None, "g", None, None, None, None, None])
+    name = "content + log popularity + group"
+    assert _baseline_lists(split, [Case("u", "", 0.0, [])], BASELINES[name]) is None
+    score = BASELINES[name](with_groups)(np.array([0]))
+    assert score[2] > 0.1 > score[3] == 0
+    assert score[4] > score[2]  # the same words say more
+
+
+PEER = """
+import sys
+import numpy as np
+question = np.load(sys.argv[1])
+met = np.zeros(question["shape"], dtype=bool)
+met[question["user"], question["item"]] = True
+order = np.argsort(met[question["judged"]], axis=1, kind="stable")  # what was not met, in product order
+left = (~met[question["judged"]]).sum(1, keepdims=True)
+lists = np.where(np.arange(order.shape[1]) < left, order, -1)[:, : int(question["count"])]
+np.savez(sys.argv[2], lists=lists)
+"""
+
+
+def test_a_library_in_its_own_environment_is_told_and_answers_by_files(five, tmp_path):
+    script = tmp_path / "peer.py"
+    script.write_text(PEER)
+    python = Path(sys.executable)
+    assert peer_lists(python, script, five, ["u4", "u1"], 4) == [["A", "B", "C", "E"], ["D", "E"]]
+    assert peer_lists(python, script, five, ["u4", "stranger"], 4) is None
+
+
+def test_a_library_that_fails_is_named_with_what_to_do(five, tmp_path):
+    script = tmp_path / "peer.py"
+    script.write_text("raise SystemExit(3)")
+    with pytest.raises(UserError, match=r"peer\.py did not run.*status 3.*requirements\.txt"):
+        peer_lists(Path(sys.executable), script, five, ["u1"], 4)
+    with pytest.raises(UserError, match=r"did not run.*No such file"):
+        peer_lists(tmp_path / "python", script, five, ["u1"], 4)
 
 
 def test_ties_at_the_end_of_a_long_list_go_by_product_order():
