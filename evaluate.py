@@ -224,7 +224,7 @@ def main(options: EvaluateOptions) -> None:
 
     command = f"python evaluate.py {options.what} FOLDER"
     rows = [
-        Row(options.what, model, stage, metric, part, float(value), float(low), float(high), n, _commit(), command)
+        Row(options.what, model, stage, metric, part, float(value), float(low), float(high), n, commit(), command)
         for (model, stage), ranked in lists.items()
         for metric, part, value, low, high, n in figures(measure(ranked, cases, warm_items, short), short)
     ]
@@ -276,11 +276,11 @@ def _baseline_lists(
 
 
 def save(rows: list[Row]) -> None:
-    """Replace these models' rows on their split in docs/results.json, and draw the page anew."""
+    """Replace these models' rows on their split and stage in docs/results.json, and draw the page anew."""
     RESULTS.parent.mkdir(exist_ok=True)
     old = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
-    replaced = {(row.split, row.model) for row in rows}
-    kept = [row for row in old if (row["split"], row["model"]) not in replaced]
+    replaced = {(row.split, row.model, row.stage) for row in rows}
+    kept = [row for row in old if (row["split"], row["model"], row["stage"]) not in replaced]
     every = sorted(kept + [asdict(row) for row in rows], key=lambda row: (row["split"], row["model"], row["stage"]))
     RESULTS.write_text(json.dumps(every, indent=1) + "\n", encoding="utf-8")
     write_page(every)
@@ -296,6 +296,9 @@ def write_page(rows: list[dict[str, Any]]) -> None:
     ]
     for split in dict.fromkeys(row["split"] for row in rows):
         own = [row for row in rows if row["split"] == split]
+        if any(row["metric"] == "f1" for row in own):
+            lines += _features_section(split, own)
+            continue
         recalls = [f"recall@{RETRIEVED} {part}" for part in ("all", "warm", "cold")]
         others = sorted({f"{row['metric']} all" for row in own} - {recalls[0]})
         figure = {(row["model"], row["stage"], f"{row['metric']} {row['slice']}"): row for row in own}
@@ -334,7 +337,36 @@ def write_page(rows: list[dict[str, Any]]) -> None:
     RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _commit() -> str:
+def _features_section(split: str, rows: list[dict[str, Any]]) -> list[str]:
+    """What readers of product text find (evaluate_features.py): F1 of each field, one table for each text they were given."""
+    lines = ["", f"## {split}"]
+    for stage, read in (("title", "the title alone"), ("full", "title and description")):
+        own = [row for row in rows if row["stage"] == stage]
+        if not own:
+            continue
+        figure = {(row["model"], row["metric"], row["slice"]): row for row in own}
+        fields = sorted(dict.fromkeys(row["slice"] for row in own), key=lambda field: field != "micro")
+        products = max(row["n"] for row in own)
+        lines += [
+            "",
+            f"F1 of the features read from {read}, {products} products; in brackets under a field, the products that have it.",
+            "",
+            "| reader | " + " | ".join(fields) + " | seconds a product |",
+            "|---|" + "---|" * (len(fields) + 1),
+        ]
+        models = list(dict.fromkeys(row["model"] for row in own))
+        having = [str(figure[models[0], "f1", field]["n"]) for field in fields]
+        lines.append("| | " + " | ".join(f"({count})" for count in having) + " | |")
+        for model in models:
+            cells = [f"{figure[model, 'f1', field]['value']:.3f}" for field in fields]
+            overall = figure[model, "f1", "micro"]
+            cells[0] += f" [{overall['low']:.3f}, {overall['high']:.3f}]"
+            lines.append(f"| {model} | " + " | ".join(cells) + f" | {figure[model, 'seconds', 'micro']['value']:.3f} |")
+    return lines
+
+
+def commit() -> str:
+    """The commit of this checkout, "unknown" outside of one."""
     found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
 

@@ -428,6 +428,15 @@ def test_nothing_missing_nothing_asked(endpoint: Endpoint, reader: EndpointReade
     assert endpoint.requests == []
 
 
+def test_what_the_text_says_in_plain_words_is_not_asked(endpoint: Endpoint, reader: EndpointReader):
+    endpoint.replies = [json.dumps({"material": []})]
+    assert extract(raw("Navy dress"), SMALL, reader).product.std == {"colour": ["navy"], "category": ["dress"]}
+    (asked,) = endpoint.requests
+    assert asked["response_format"]["json_schema"]["schema"]["required"] == ["material"]
+    extract(raw("남색 리넨 원피스"), SMALL, reader)
+    assert len(endpoint.requests) == 1
+
+
 @pytest.mark.parametrize(
     "bad", [OFF_LIST, "I think it is navy", '{"colour": ["navy"]}', "", '{"colour": 7, "material": []}']
 )
@@ -444,11 +453,13 @@ def test_a_bad_answer_is_repaired_once(endpoint: Endpoint, reader: EndpointReade
         assert "sea" in complaint["content"]
 
 
-def test_a_second_bad_answer_goes_to_quarantine_and_the_lexicon_reads(endpoint: Endpoint, reader: EndpointReader):
+def test_a_second_bad_answer_goes_to_quarantine_and_what_the_lexicon_read_stays(
+    endpoint: Endpoint, reader: EndpointReader
+):
     endpoint.replies = ["{", OFF_LIST]
-    product = raw("Navy linen dress")
+    product = raw("Deep sea linen dress")
     found = extract(product, SMALL, reader)
-    assert found.product.std == {"colour": ["navy"], "category": ["dress"]}
+    assert found.product.std == {"category": ["dress"]}
     assert found.product.re == {"material": ["linen"]}
     (row,) = found.rejected
     assert row.file == "p1"
@@ -568,13 +579,13 @@ def test_limit_goes_on_where_it_stopped(shop: Store):
 
 
 def test_answers_survive_an_endpoint_that_dies(shop: Store, endpoint: Endpoint, reader: EndpointReader):
-    endpoint.replies = [json.dumps({"colour": ["black"], "category": ["shirt"], "material": []}), 401]
+    endpoint.replies = [json.dumps({"material": ["flax"]}), 401]
     with pytest.raises(UserError, match="scripted 401"):
         extract_all(shop, reader, ExtractOptions())
-    endpoint.replies = [json.dumps({"colour": [], "category": ["dress"], "material": []})]
+    endpoint.replies = [json.dumps({"material": ["wool"]})]
     assert extract_all(shop, reader, ExtractOptions()).read == 2
     assert len(endpoint.requests) == 3
-    assert [product.std["category"] for product in shop.products.read_features()] == [["shirt"], ["dress"]]
+    assert [product.re["material"] for product in shop.products.read_features()] == [["flax"], ["wool"]]
 
 
 def test_contradicting_options(shop: Store):
