@@ -292,7 +292,8 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         "# Results",
         "",
         "Made by `python evaluate.py page` from `results.json` (every figure, with its 95 % bootstrap interval, commit and",
-        "command) and `steps.json`. Run it again with `make results HM=folder RTR=folder`.",
+        "command) and `steps.json`. Run it again with `make results HM=folder RTR=folder`; the features of products with",
+        "`python evaluate_features.py myntra FOLDER`.",
     ]
     for split in dict.fromkeys(row["split"] for row in rows):
         own = [row for row in rows if row["split"] == split]
