@@ -55,6 +55,18 @@ PARTS = {
     "train_reranker.py": "reranker",
     "build_index.py": "index",
 }
+# Runs a step and writes down how it ended and its peak memory. A process of its own, and a small one: Linux counts what the
+# parent held at the moment of the fork into a child's peak, and this script has PyTorch in memory.
+MEASURED = """
+import json, resource, subprocess, sys
+path, *command = sys.argv[1:]
+try:
+    code = subprocess.call(command)
+except KeyboardInterrupt:  # the step and this script's parent got it too, and say so
+    sys.exit(130)
+with open(path, "w") as file:
+    json.dump([code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss], file)
+"""
 # Run again these find little to do: the figures of their first run are the ones that say something.
 CATCHING_UP = ("import_data.py", "extract_features.py")
 
@@ -89,16 +101,22 @@ def main(options: SplitOptions) -> None:
         command = [sys.executable, *(part.format(folder=options.folder) for part in step)]
         print(f"== {' '.join(step)}", flush=True)
         started = time.monotonic()
-        process = subprocess.Popen(command, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
+        code, memory = _run(command, environment, home / "measured.json")
         seconds = time.monotonic() - started
-        if status != 0:
-            raise UserError(
-                f"{step[0]} ended with status {os.waitstatus_to_exitcode(status)}; mend it and run this again"
-            )
-        # ru_maxrss is in kilobytes on Linux, in bytes on macOS.
-        memory = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        if code != 0:
+            raise UserError(f"{step[0]} ended with status {code}; mend it and run this again")
         _note(options.split, step, seconds, memory, options.fresh)
+
+
+def _run(command: list[str], environment: dict[str, str], measured: Path) -> tuple[int, int]:
+    """Exit code (negative: the signal) and peak memory in bytes of a command."""
+    measured.unlink(missing_ok=True)
+    done = subprocess.run([sys.executable, "-S", "-c", MEASURED, str(measured), *command], env=environment, check=False)
+    if not measured.exists():  # ended together with its step, by Ctrl-C say
+        return done.returncode, 0
+    code, peak = json.loads(measured.read_text())
+    # ru_maxrss is in kilobytes on Linux, in bytes on macOS.
+    return code, peak * (1 if sys.platform == "darwin" else 1024)
 
 
 def _done(step: list[str], models: Path) -> bool:
