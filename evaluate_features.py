@@ -3,15 +3,21 @@
     python evaluate_features.py myntra FOLDER                       # title and description
     python evaluate_features.py myntra FOLDER --text title          # the title alone
     python evaluate_features.py myntra FOLDER --reader embedded     # after `make llm`; also --reader endpoint
+    python evaluate_features.py ae-110k FOLDER --reader embedded    # FOLDER: train.jsonl and test.jsonl; also oa-mine
 
-The reader sees text only. Every field is closed: a choice among the values that the catalogue has for it. A field of a product
-counts where the catalogue says something about it; elsewhere nobody knows whether an answer is right. Beside the reader stand
-three plain lines: the most frequent value of each field, the lexicon alone, and the value whose name is nearest in meaning
-(text_encoder.py, no training).
+The reader sees text only. **Myntra**: every field is closed, a choice among the values that the catalogue has for it; a field of a
+product counts where the catalogue says something about it. **AE-110k and OA-Mine** (Brinkmann et al. 2024, "ExtractGPT",
+arXiv:2310.12537, whose splits and measure are used): fields are open, values are words of the title; a field that the product
+does not have ("n/a") counts against whoever gives it a value. Exact match, but for case.
+
+By default the reader may learn from the set's other products, as it does in a shop (`--no-learn`: it knows nothing of them).
+Beside it stand plain lines: the most frequent value of each field, the lexicon alone, the lexicon and the other products
+without a model, and the value whose name is nearest in meaning (text_encoder.py, no training).
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -27,8 +33,9 @@ from tqdm import tqdm
 import datasets.myntra
 from catalog import FeatureSchema, RawProduct
 from evaluate import Row, commit, save
-from extract_features import EndpointReader, LexiconReader, Reader, ReaderSettings, extract, make_reader
-from lexicon import Lexicon
+from extract_features import extract
+from lexicon import Lexicon, LexiconFile, fold, plain_text, says
+from readers import EmbeddedReader, LexiconReader, ModelReader, Reader, ReaderSettings, make_reader
 from settings import UserError, run_script
 from store import Store
 from text_encoder import TextEncoder
@@ -40,18 +47,21 @@ MICRO = "micro"  # all fields together
 MYNTRA_ALWAYS = ("gender", "category", "colour", "season", "usage")
 MYNTRA_FIELDS = (*MYNTRA_ALWAYS, "fabric", "pattern", "fit", "neck", "sleeve_length")
 RAREST = 5  # products that a value must have to be a choice; rarer ones are slips of the keyboard
+NOT_THERE = "n/a"
+MAX_FIELDS = 20  # shown one by one
 
 Values = dict[str, list[str]]  # of one product: field -> values
-Line = Callable[[RawProduct], Values]
+Line = Callable[[RawProduct, FeatureSchema], Values]
 
 
 class FeatureEvaluation(ReaderSettings):
     """Judge a reader of product text on products whose features are known."""
 
-    what: CliPositionalArg[Literal["myntra"]] = Field(description="set to judge on")
+    what: CliPositionalArg[Literal["myntra", "ae-110k", "oa-mine"]] = Field(description="set to judge on")
     folder: CliPositionalArg[Path] = Field(description="folder of the data set")
-    text: Literal["title", "full"] = Field("full", description="what is read: the title, or the description too")
-    products: int = Field(300, ge=1, description="products judged, drawn with --seed")
+    text: Literal["title", "full"] = Field("full", description="Myntra: the title alone, or the description too")
+    products: int = Field(300, ge=1, description="products judged at most, drawn with --seed")
+    learn: bool = Field(True, description="the reader may learn from the set's other products")
     write: bool = Field(True, description="put the figures into docs/results.json")
 
 
@@ -59,10 +69,11 @@ class FeatureEvaluation(ReaderSettings):
 class Gold:
     """Products as a reader may see them, and what is true of each."""
 
-    schema: FeatureSchema
+    asked: list[FeatureSchema]  # of each product
     raws: list[RawProduct]
-    values: list[Values]
-    most_frequent: Values  # the first choice of each field, over the whole catalogue
+    values: list[Values]  # an empty list: the product does not have the field
+    others: list[tuple[RawProduct, Values]]  # that a reader may learn from
+    most_frequent: Values  # of the other products
 
 
 def myntra(options: FeatureEvaluation) -> Gold:
@@ -79,25 +90,97 @@ def myntra(options: FeatureEvaluation) -> Gold:
             f"{options.folder} has {len(full)} products with {', '.join(MYNTRA_ALWAYS)}; {options.products} are to be judged"
         )
     chosen = np.random.default_rng(options.seed).choice(full, options.products, replace=False)
-    whole = options.text == "full"
-    raws = [
-        RawProduct(
-            product_id=products[number].product_id,
-            title=products[number].title,
-            description=products[number].description if whole else "",
-        )
-        for number in chosen
-    ]
+
+    def seen(number: int) -> RawProduct:
+        raw, whole = products[number], options.text == "full"
+        return RawProduct(product_id=raw.product_id, title=raw.title, description=raw.description if whole else "")
+
+    judged = set(chosen.tolist())
     return Gold(
-        FeatureSchema(std=choices, re=[]),
-        raws,
+        [FeatureSchema(std=choices, re=[])] * len(chosen),
+        [seen(number) for number in chosen],
         [values[number] for number in chosen],
+        [(seen(number), values[number]) for number in range(len(products)) if number not in judged],
         {name: found[:1] for name, found in choices.items()},
     )
 
 
-def by_reader(reader: Reader, schema: FeatureSchema) -> Line:
-    return lambda raw: extract(raw, schema, reader).product.std
+def titles(options: FeatureEvaluation) -> Gold:
+    """AE-110k and OA-Mine: the products of test.jsonl to judge, those of train.jsonl to learn from."""
+    judged = _titles(options.folder / "test.jsonl")
+    others = _titles(options.folder / "train.jsonl")
+    if len(judged) > options.products:
+        chosen = np.random.default_rng(options.seed).choice(len(judged), options.products, replace=False)
+        judged = [judged[number] for number in sorted(chosen)]
+    frequent: dict[str, Counter[str]] = {}
+    for _, values in others:
+        for name, said in values.items():
+            frequent.setdefault(name, Counter()).update(said or [NOT_THERE])
+    most = {name: found.most_common(1)[0][0] for name, found in frequent.items()}
+    return Gold(
+        [FeatureSchema(std={}, re=list(values)) for _, values in judged],
+        [raw for raw, _ in judged],
+        [values for _, values in judged],
+        others,
+        {name: [value] for name, value in most.items() if value != NOT_THERE},
+    )
+
+
+def _titles(file: Path) -> list[tuple[RawProduct, Values]]:
+    """One {"input": title, "target_scores": {field: {value: 1}}} a line."""
+    found = []
+    try:
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines()):
+            row = json.loads(line)
+            values = {name: [one for one in said if one != NOT_THERE] for name, said in row["target_scores"].items()}
+            found.append((RawProduct(product_id=f"{file.stem}-{number}", title=row["input"]), values))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{file} is not a file of titles with target_scores: {error!r}") from error
+    return found
+
+
+def by_reader(reader: Reader) -> Line:
+    def read(raw: RawProduct, schema: FeatureSchema) -> Values:
+        evidence = extract(raw, schema, reader).evidence
+        closed = {name: [one.value for one in said] for name, said in evidence.items() if name in schema.std}
+        # An open value as it stands in the text, as a whole: "Black, White" is one value to these sets.
+        return closed | {
+            name: [", ".join(dict.fromkeys(one.words for one in said))]
+            for name, said in evidence.items()
+            if name in schema.re
+        }
+
+    return read
+
+
+def by_catalogue(reader: ModelReader) -> Line:
+    """What a reader knows before it asks its model: lexicon and the other products' votes."""
+
+    def read(raw: RawProduct, schema: FeatureSchema) -> Values:
+        (reading,) = LexiconReader(reader.lexicon).read([raw], [{}], schema)
+        values = {name: [one.value for one in said] for name, said in reading.found.items()}
+        for name in schema.std:
+            votes = reader.neighbours.votes(raw, name)
+            if name not in values and votes:
+                values[name] = [max(votes, key=lambda value: votes[value])]
+        return values
+
+    return read
+
+
+def by_typed_words(others: list[tuple[RawProduct, Values]]) -> Line:
+    """The longest value of the field among the other products that the title holds."""
+    typed: dict[str, dict[str, None]] = {}
+    for _, values in others:
+        for name, said in values.items():
+            typed.setdefault(name, {}).update(dict.fromkeys(said))
+
+    def read(raw: RawProduct, schema: FeatureSchema) -> Values:
+        text = normalise(fold(plain_text(raw.title)))
+        held = {name: [value for value in typed.get(name, ()) if says(text, value)] for name in schema.re}
+        return {name: [max(values, key=len)] for name, values in held.items() if values}
+
+    return read
 
 
 def by_meaning(encoder: TextEncoder, schema: FeatureSchema) -> Line:
@@ -109,7 +192,7 @@ def by_meaning(encoder: TextEncoder, schema: FeatureSchema) -> Line:
 
     names = {name: unit([f"{name.replace('_', ' ')}: {value}" for value in schema.std[name]]) for name in schema.std}
 
-    def read(raw: RawProduct) -> Values:
+    def read(raw: RawProduct, schema: FeatureSchema) -> Values:
         text = unit([f"{raw.title} {raw.description}".strip()])[0]
         return {name: [schema.std[name][int((vectors @ text).argmax())]] for name, vectors in names.items()}
 
@@ -118,7 +201,8 @@ def by_meaning(encoder: TextEncoder, schema: FeatureSchema) -> Line:
 
 def counts(said: list[Values], gold: Gold) -> dict[str, np.ndarray]:
     """By field and MICRO: right, wrong and missed values of each product, int [products, 3]."""
-    table = {name: np.zeros((len(said), 3)) for name in gold.schema.std}
+    names = dict.fromkeys(name for values in gold.values for name in values)
+    table = {name: np.zeros((len(said), 3)) for name in names}
     for number, (found, true) in enumerate(zip(said, gold.values, strict=True)):
         for name in true:
             truth, answer = ({normalise(value) for value in side.get(name, ())} for side in (true, found))
@@ -138,17 +222,21 @@ def measures(totals: np.ndarray) -> dict[str, np.ndarray]:
 
 def rows_of(said: list[Values], gold: Gold, options: FeatureEvaluation, model: str, seconds: float) -> list[Row]:
     """Every figure of one line, with 95 % of bootstrap resamples over products."""
-    command = f"python evaluate_features.py {options.what} FOLDER --text {options.text} --reader {options.reader}"
+    stage = options.text if options.what == "myntra" else "title"
+    command = f"python evaluate_features.py {options.what} FOLDER --text {stage} --reader {options.reader}"
+    if not options.learn:
+        command += " --no-learn"
     now = commit()
 
     def row(metric: str, part: str, value: float, low: float, high: float, n: int) -> Row:
-        return Row(
-            options.what, model, options.text, metric, part, float(value), float(low), float(high), n, now, command
-        )
+        return Row(options.what, model, stage, metric, part, float(value), float(low), float(high), n, now, command)
 
     draws = np.random.default_rng(options.seed).integers(0, len(said), size=(BOOTSTRAPS, len(said)))
     rows = []
-    for name, table in counts(said, gold).items():
+    tables = counts(said, gold)
+    if len(tables) > MAX_FIELDS:  # of dozens of rare fields, the sum says more
+        tables = {MICRO: tables[MICRO]}
+    for name, table in tables.items():
         values, resampled = measures(table.sum(0)), measures(table[draws].sum(1))
         judged = int((table.sum(1) > 0).sum())
         for metric, value in values.items():
@@ -159,30 +247,48 @@ def rows_of(said: list[Values], gold: Gold, options: FeatureEvaluation, model: s
     return rows
 
 
+def lines_of(options: FeatureEvaluation, gold: Gold, store: Store) -> dict[str, Line]:
+    """The plain lines and the reader, by the name that the table gives each."""
+    lines: dict[str, Line] = {"most frequent value": lambda raw, schema: gold.most_frequent}
+    if options.what == "myntra":
+        lexicon = Lexicon.load(options.lexicon)
+        lines["lexicon"] = by_reader(LexiconReader(lexicon))
+        lines["nearest in meaning"] = by_meaning(TextEncoder.load(options), gold.asked[0])
+        other = EmbeddedReader(lexicon, options, store.cache)  # which is not asked
+        other.learn(gold.others)
+        lines["lexicon + other products"] = by_catalogue(other)
+        label = "lexicon"
+    else:
+        lexicon, label = Lexicon(LexiconFile(fields={})), "no lexicon"
+        lines["values of other products"] = by_typed_words(gold.others)
+    if options.reader != LexiconReader.name:
+        reader = make_reader(options, store.cache)
+        assert isinstance(reader, ModelReader)
+        reader.lexicon = lexicon
+        if options.learn:
+            reader.learn(gold.others)
+        lines[f"{reader.model} + {label}" + (" + other products" if options.learn else "")] = by_reader(reader)
+    return lines
+
+
 def main(options: FeatureEvaluation) -> None:
     if not options.folder.is_dir():
         raise UserError(f"{options.folder} is not a folder; give the one that holds the data set's files")
-    gold = myntra(options)
+    gold = myntra(options) if options.what == "myntra" else titles(options)
+    rows = []
     with Store.open(options) as store:  # the readers' answers are cached there
-        lines: dict[str, Line] = {
-            "most frequent value": lambda raw: gold.most_frequent,
-            "lexicon": by_reader(LexiconReader(Lexicon.load(options.lexicon)), gold.schema),
-            "nearest in meaning": by_meaning(TextEncoder.load(options), gold.schema),
-        }
-        if options.reader != LexiconReader.name:
-            reader = make_reader(options, store.cache)
-            model = reader.model if isinstance(reader, EndpointReader) else reader.name
-            lines[f"{model} + lexicon"] = by_reader(reader, gold.schema)
-        rows = []
-        for model, read in lines.items():
-            read(gold.raws[0])  # whatever is prepared once is not a product's time
+        for model, read in lines_of(options, gold, store).items():
+            read(gold.raws[0], gold.asked[0])  # whatever is prepared once is not a product's time
             started = time.perf_counter()
-            said = [read(raw) for raw in tqdm(gold.raws, desc=model, unit="product", leave=False)]
+            shown = tqdm(
+                zip(gold.raws, gold.asked, strict=True), desc=model, unit="product", total=len(gold.raws), leave=False
+            )
+            said = [read(raw, schema) for raw, schema in shown]
             rows += rows_of(said, gold, options, model, time.perf_counter() - started)
     for row in rows:
         if row.metric == "f1" or row.slice == MICRO:
             print(
-                f"{row.model:34s} {row.metric:10s} {row.slice:14s} {row.value:.3f} [{row.low:.3f}, {row.high:.3f}] {row.n}"
+                f"{row.model:58s} {row.metric:10s} {row.slice:14s} {row.value:.3f} [{row.low:.3f}, {row.high:.3f}] {row.n}"
             )
     if options.write:
         save(rows)

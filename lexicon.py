@@ -140,6 +140,13 @@ def _variants(text: str) -> Iterator[str]:
             yield form.replace(" ", "")
 
 
+class Said(NamedTuple):
+    """A value, and the words of the text that say it."""
+
+    value: str
+    words: str
+
+
 class Hit(NamedTuple):
     start: int  # in the folded text
     end: int
@@ -186,10 +193,9 @@ class BoundLexicon:
         parts = [whole] if whole in known else [normalise(part) for part in _parts(_PERCENT.sub(" ", written))]
         return list(dict.fromkeys(known.get(part, part) for part in parts if part))
 
-    def read(self, title: str, description: str, wanted: Iterable[str]) -> dict[str, list[str]]:
+    def read(self, title: str, description: str, wanted: Iterable[str]) -> dict[str, list[Said]]:
         """The values of the `wanted` schema fields that the words of a product name. HTML is welcome."""
-        texts = [fold(plain_text(title)), fold(plain_text(description))]
-        hits = [list(self._hits(texts[0], in_title=True)), list(self._hits(texts[1], in_title=False))]
+        texts, hits = self._read(title, description)
         found: dict[str, list[tuple[int, Hit, str]]] = {}
         for number in (0, 1):
             for hit in hits[number]:
@@ -198,26 +204,42 @@ class BoundLexicon:
         values = {}
         for name in wanted:
             if name == WORD_FIELD and name in self.schema.re:
-                words = self._words(texts[1], hits[1])
+                said = [Said(word, word) for word in self._words(texts[1], hits[1])]
             elif name not in found:
                 continue
-            elif self.picks[name] == "all":
-                words = list(dict.fromkeys(value for _, _, value in found[name]))
             else:
-                words = [self._pick(name, found[name], texts)]
-            if words:
-                values[name] = words
+                said = [Said(value, texts[number][hit.start : hit.end]) for number, hit, value in found[name]]
+                if self.picks[name] == "all":
+                    first: dict[str, Said] = {}
+                    for one in said:
+                        first.setdefault(one.value, one)
+                    said = list(first.values())
+                else:
+                    said = [said[self._pick(name, found[name], texts)]]
+            if said:
+                values[name] = said
         return values
 
-    def _pick(self, name: str, found: list[tuple[int, Hit, str]], texts: list[str]) -> str:
-        """The title goes before the description; within either, a generic value gives way to any other."""
+    def unread(self, title: str, description: str) -> list[str]:
+        """Content words of a product that no field of the schema took: what a reader of more than words may find."""
+        texts, hits = self._read(title, description)
+        return list(
+            dict.fromkeys(word for text, own in zip(texts, hits, strict=True) for word in self._words(text, own))
+        )
+
+    def _read(self, title: str, description: str) -> tuple[list[str], list[list[Hit]]]:
+        texts = [fold(plain_text(title)), fold(plain_text(description))]
+        return texts, [list(self._hits(texts[0], in_title=True)), list(self._hits(texts[1], in_title=False))]
+
+    def _pick(self, name: str, found: list[tuple[int, Hit, str]], texts: list[str]) -> int:
+        """Which of the values counts. The title goes before the description; within either, a generic value gives way."""
         where = min(number for number, _, _ in found)
-        named = [(hit, value) for number, hit, value in found if number == where]
+        named = [index for index, (number, _, _) in enumerate(found) if number == where]
         if self.picks[name] == "head":
             # The head noun stands last: "knit cardigan", "니트 가디건".
-            end = _PHRASE_END.search(texts[where], named[0][0].end)
-            named = [pair for pair in named if end is None or pair[0].start < end.start()][::-1]
-        return next((value for _, value in named if (name, value) not in self.generic), named[0][1])
+            end = _PHRASE_END.search(texts[where], found[named[0]][1].end)
+            named = [index for index in named if end is None or found[index][1].start < end.start()][::-1]
+        return next((index for index in named if (name, found[index][2]) not in self.generic), named[0])
 
     def _hits(self, text: str, in_title: bool) -> Iterator[Hit]:
         """What is named in a folded text and not negated. A negated hit is yielded empty: its words are taken."""
@@ -489,6 +511,16 @@ def plain_text(text: str) -> str:
     except AssertionError:  # the standard parser's answer to a malformed "<![": not HTML then
         return unescape(text)
     return "".join(parser.parts)
+
+
+def says(text: str, value: str) -> bool:
+    """Whether a text (folded and normalised) holds the words of a value: its English plural and Korean particles count too."""
+    words = normalise(fold(value))
+    if not words:
+        return False
+    if _is_hangul(words[0]):
+        return words.replace(" ", "") in text.replace(" ", "")
+    return re.search(rf"(?<![{_LETTER}\d]){re.escape(words)}(?:e?s)?(?![{_LETTER}\d])", text) is not None
 
 
 def fold(text: str) -> str:

@@ -13,12 +13,14 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
+import orjson
 import psycopg
 import torch
 
 from catalog import Product, RawProduct, Rejected
-from extract_features import LexiconReader, extract, fingerprints
+from extract_features import extract, fingerprints
 from model_user import fill_norms
+from readers import LexiconReader
 from release import ItemEncoder, Release
 from settings import Settings, UserError
 from store import Filters, Found, ItemRows, Store, UserState
@@ -383,7 +385,9 @@ class Recommender:
         extractions = [extract(product, schema, reader) for product in products]
         rejected = [value for extraction in extractions for value in extraction.rejected]
         self.store.products.put_features(
-            [extraction.product for extraction in extractions], origin=fingerprints(products, schema, reader)
+            [extraction.product for extraction in extractions],
+            fingerprints(products, schema, reader),
+            [orjson.dumps(extraction.evidence).decode() for extraction in extractions],
         )
         self.store.quarantine.add("api", rejected)
         try:

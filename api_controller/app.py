@@ -29,6 +29,7 @@ from api_controller.limits import BodyLimit
 from api_controller.schemas import (
     MAX_LIST,
     EventsAnswer,
+    EvidenceBody,
     Health,
     ItemBody,
     NeighbourBody,
@@ -40,8 +41,8 @@ from api_controller.schemas import (
     RecommendBody,
 )
 from catalog import Event, Identifier, RawProduct, User
-from extract_features import LexiconReader
 from lexicon import Lexicon
+from readers import LexiconReader
 from release import Release
 from settings import Settings, UserError
 from store import Filters, Store
@@ -283,6 +284,7 @@ async def item(product_id: ProductId, service: ServiceDep) -> ProductAnswer:
     return ProductAnswer(
         product_id=raw.product_id, title=raw.title, description=raw.description, attributes=raw.attributes, price=raw.price,
         in_stock=raw.in_stock, group_id=raw.group_id, std=product.std if product else None, re=product.re if product else None,
+        evidence={name: [EvidenceBody(**one) for one in said] for name, said in stored.evidence.items()},
     )  # fmt: skip
 
 

@@ -86,6 +86,15 @@ class NeighbourBody(BaseModel):
     score: float
 
 
+class EvidenceBody(BaseModel):
+    """Who said a feature value: the seller, the lexicon or a model, how sure, and by which words of the text."""
+
+    value: str
+    source: str
+    confidence: float | None
+    words: str
+
+
 class ProductAnswer(BaseModel):
     product_id: str
     title: str
@@ -96,6 +105,7 @@ class ProductAnswer(BaseModel):
     group_id: str | None
     std: dict[str, list[str]] | None
     re: dict[str, list[str]] | None
+    evidence: dict[str, list[EvidenceBody]]
 
 
 class EventsAnswer(BaseModel):

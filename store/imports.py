@@ -77,7 +77,7 @@ _MERGE_USERS = f"""
 _MERGE_FEATURES = f"""
     WITH given AS MATERIALIZED (
         SELECT DISTINCT ON (product_id) product_id, given.std, given.re, %(source)s::text AS origin,
-            products.std IS NULL AS new
+            NULL::jsonb AS evidence, products.std IS NULL AS new
         FROM import_features AS given JOIN products USING (product_id) ORDER BY product_id, row DESC
     ), merged AS ({products.UPDATE_FEATURES.format(rows="given")} RETURNING products.product_id)
     SELECT count(merged.product_id) FILTER (WHERE new), count(merged.product_id) FILTER (WHERE NOT new), count(*)

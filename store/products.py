@@ -27,13 +27,13 @@ UPSERT = f"""
         excluded.attributes, excluded.price, excluded.in_stock, excluded.group_id, excluded.arrived_at)
 """
 
-# `{rows}` gives product_id, std, re, origin.
+# `{rows}` gives product_id, std, re, origin, evidence.
 UPDATE_FEATURES = """
-    UPDATE products SET std = given.std, re = given.re, features_origin = given.origin
-    FROM (SELECT product_id, std, re, origin FROM {rows} ORDER BY product_id) AS given
+    UPDATE products SET std = given.std, re = given.re, features_origin = given.origin, features_evidence = given.evidence
+    FROM (SELECT product_id, std, re, origin, evidence FROM {rows} ORDER BY product_id) AS given
     WHERE products.product_id = given.product_id
-        AND (products.std, products.re, products.features_origin)
-            IS DISTINCT FROM (given.std, given.re, given.origin)
+        AND (products.std, products.re, products.features_origin, products.features_evidence)
+            IS DISTINCT FROM (given.std, given.re, given.origin, given.evidence)
 """
 
 
@@ -41,6 +41,7 @@ UPDATE_FEATURES = """
 class StoredProduct:
     raw: RawProduct
     product: Product | None  # structured features; None until the product has been read
+    evidence: dict[str, list[dict[str, Any]]]  # who said each value; empty where the features came with an import
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,13 @@ class Products:
     def get(self, product_id: str) -> StoredProduct | None:
         with self._pool.connection() as connection:
             row = connection.execute(
-                f"SELECT {_RAW}, std, re FROM products WHERE product_id = %s", (product_id,)
+                f"SELECT {_RAW}, std, re, features_evidence FROM products WHERE product_id = %s", (product_id,)
             ).fetchone()
         if row is None:
             return None
-        *raw, std, re = row
+        *raw, std, re, evidence = row
         product = None if std is None else Product(product_id=product_id, title=raw[1], std=std, re=re)
-        return StoredProduct(_raw_product(raw), product)
+        return StoredProduct(_raw_product(raw), product, evidence or {})
 
     def iter_raw(self, batch_size: int = 1000) -> Iterator[list[RawProduct]]:
         """Every product ordered by id, in lists of at most `batch_size`, as of one moment."""
@@ -91,27 +92,31 @@ class Products:
             while rows := cursor.fetchmany(batch_size):
                 yield [_raw_product(row) for row in rows]
 
-    def put_features(self, products: Sequence[Product], origin: str | Sequence[str]) -> None:
-        """Set the structured features; `origin` says who read them, of all or of each.
+    def put_features(
+        self, products: Sequence[Product], origin: str | Sequence[str], evidence: Sequence[str] | None = None
+    ) -> None:
+        """Set the structured features; `origin` says who read them, of all or of each, `evidence` (JSON) who said each value.
 
         The title is the raw product's. A product that was deleted meanwhile stays deleted.
         """
         origins = [origin] * len(products) if isinstance(origin, str) else origin
-        given = zip(products, origins, strict=True)
-        latest = {product.product_id: (product, origin) for product, origin in given}
+        sayings: Sequence[str | None] = [None] * len(products) if evidence is None else evidence
+        given = zip(products, origins, sayings, strict=True)
+        latest = {product.product_id: (product, origin, said) for product, origin, said in given}
         # %b: the text form of an array escapes every quote of the JSON, which costs more than the update itself.
         rows = (
-            "unnest(%b::text[], %b::text[]::jsonb[], %b::text[]::jsonb[], %b::text[])"
-            " AS given(product_id, std, re, origin)"
+            "unnest(%b::text[], %b::text[]::jsonb[], %b::text[]::jsonb[], %b::text[], %b::text[]::jsonb[])"
+            " AS given(product_id, std, re, origin, evidence)"
         )
         with self._pool.connection() as connection:
             connection.execute(
                 UPDATE_FEATURES.format(rows=rows),
                 (
                     list(latest),
-                    [orjson.dumps(product.std).decode() for product, _ in latest.values()],
-                    [orjson.dumps(product.re).decode() for product, _ in latest.values()],
-                    [origin for _, origin in latest.values()],
+                    [orjson.dumps(product.std).decode() for product, _, _ in latest.values()],
+                    [orjson.dumps(product.re).decode() for product, _, _ in latest.values()],
+                    [origin for _, origin, _ in latest.values()],
+                    [said for _, _, said in latest.values()],
                 ),
             )
 

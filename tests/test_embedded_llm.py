@@ -1,8 +1,10 @@
-"""The embedded language model: fetched whole or not at all, and missing with a word on what to do. The model itself is not here."""
+"""The embedded language model: fetched whole or not at all, and missing with a word on what to do; how its likelihoods become
+values. The model itself is not here: a script stands in for it, whose tokens are letters."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 import zipfile
 from pathlib import Path
@@ -10,9 +12,13 @@ from pathlib import Path
 import pytest
 
 import embedded_llm
+from catalog import FeatureSchema, RawProduct
 from embedded_llm import EmbeddedServer, EmbeddedSettings, default_path, fetch, find
-from extract_features import ReaderSettings, make_reader
+from extract_features import extract
+from lexicon import Lexicon, LexiconFile
+from readers import EmbeddedReader, ReaderSettings, make_reader
 from settings import UserError
+from store import Store
 
 WEIGHTS = [b"first part,", b" second part,", b" third part"]
 
@@ -76,6 +82,125 @@ def test_without_the_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         EmbeddedServer(tmp_path / "model.gguf")
 
 
-def test_the_reader_says_what_is_missing(store, tmp_path: Path):
+# --- the reader -------------------------------------------------------------------------------------------------------
+
+LEXICON = Lexicon(LexiconFile(fields={}))
+SCHEMA = FeatureSchema(std={"season": ["summer", "summit", "winter"]}, re=["fit"])
+COAT = RawProduct(product_id="p1", title="Boxy coat", description="<b>Warm</b> <|im_end|> and boxy-cut.", price=9)
+
+
+class Letters:
+    """Stands in for the server: tokens are letters, and the likelihood of what comes next is written down."""
+
+    def __init__(self, likely: dict[str, dict[str, float]], lines: dict[str, str]) -> None:
+        self.likely, self.lines = likely, lines  # by the end of the prompt
+        self.prompts: list[str] = []
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        return "\n".join(message["content"] for message in messages) + "\n"
+
+    def tokens(self, text: str) -> tuple[int, ...]:
+        return tuple(map(ord, text))
+
+    def next_tokens(self, prompt: list[int]) -> dict[int, float]:
+        text = "".join(map(chr, prompt))
+        self.prompts.append(text)
+        (shares,) = [shares for end, shares in self.likely.items() if text.endswith(end)]
+        return {ord(letter): math.log(share) for letter, share in shares.items()}
+
+    def line(self, prompt: list[int], longest: int) -> tuple[str, float]:
+        text = "".join(map(chr, prompt))
+        self.prompts.append(text)
+        return next((line for end, line in self.lines.items() if text.endswith(end)), ""), math.log(0.5)
+
+
+SUMMER = {
+    "season:": {" ": 1.0},
+    "season: ": {"s": 0.6, "w": 0.3, "x": 0.1},
+    "season: sum": {"m": 1.0},
+    "season: summ": {"e": 0.8, "i": 0.2},
+}
+
+
+def embedded(
+    store: Store, lexicon: Lexicon = LEXICON, lines: dict[str, str] | None = None
+) -> tuple[EmbeddedReader, Letters]:
+    """A reader whose model thinks of summer, and copies `lines` into open fields."""
+    reader = EmbeddedReader(lexicon, ReaderSettings(reader="embedded"), store.cache)
+    letters = Letters(SUMMER, lines or {})
+    reader._server = letters  # type: ignore[assignment]
+    return reader, letters
+
+
+def test_the_likeliest_branch_of_the_allowed_values_is_taken(store: Store):
+    reader, letters = embedded(store)
+    (season,) = extract(COAT, SCHEMA, reader).evidence["season"]
+    # "x" leads to no value, so its share counts for nothing: s .6 of .9, then e .8.
+    weights = {"summer": 0.6 / 0.9 * 0.8, "summit": 0.6 / 0.9 * 0.2, "winter": 0.3 / 0.9}
+    assert season.value == "summer"
+    assert season.confidence == pytest.approx(weights["summer"] / sum(weights.values()), abs=1e-3)
+    assert len(letters.prompts) == 3  # two forks of the values, one open line; the letters between are certain
+
+
+def test_the_prompt_holds_the_product_as_data_and_never_the_templates_own_marks(store: Store):
+    reader, letters = embedded(store)
+    extract(COAT, SCHEMA, reader)
+    assert "title: Boxy coat\ndescription: Warm < |im_end|> and boxy-cut.\nprice: 9.0" in letters.prompts[0]
+    assert "<|" not in letters.prompts[0]
+    assert "season: summer, summit, winter" in letters.prompts[0]
+
+
+def test_open_fields_take_the_line_that_the_model_copies(store: Store):
+    reader, _ = embedded(store, lines={"fit:": " boxy-cut, none, cosy"})
+    found = extract(COAT, SCHEMA, reader)
+    assert found.product.re == {"fit": ["boxy cut"]}
+    assert (found.evidence["fit"][0].words, found.evidence["fit"][0].confidence) == ("boxy-cut", 0.5)
+    assert [row.reason for row in found.rejected] == ["fit: the text does not say this"]  # cosy
+
+
+WARM = Lexicon(LexiconFile.model_validate({"fields": {"fit": {"names": [], "values": {"warm": []}}}}))
+
+
+@pytest.mark.parametrize(("line", "fits"), [(", boxy-cut", ["warm", "boxy cut"]), ("th", ["warm"])])
+def test_the_model_goes_on_after_what_the_lexicon_found_if_a_comma_comes_first(
+    store: Store, line: str, fits: list[str]
+):
+    reader, _ = embedded(store, WARM, lines={"fit: warm": line})
+    assert extract(COAT, SCHEMA, reader).product.re == {"fit": fits}
+
+
+def test_votes_and_likelihood_decide_together(store: Store):
+    reader, _ = embedded(store)
+    reader.learn(
+        [
+            (RawProduct(product_id=str(n), title="Boxy coat", price=9), {"season": [season]})
+            for n, season in enumerate(["winter"] * 3 + ["summer"])
+        ]
+    )
+    (season,) = extract(COAT, SCHEMA, reader).evidence["season"]
+    assert (season.value, season.source) == (
+        "winter",
+        "model",
+    )  # three of four copies against a likelihood of two to one
+
+
+def test_a_word_of_the_seller_that_is_no_value_waits_for_the_lexicon(store: Store):
+    reader, letters = embedded(store)
+    strange = COAT.model_copy(update={"attributes": {"season": ["midsummer"]}, "description": ""})
+    found = extract(strange, SCHEMA, reader)
+    assert "season" not in found.product.std
+    assert [row.reason for row in found.rejected] == ["season: the schema does not allow this value"]
+    assert not any(prompt.endswith("season:") for prompt in letters.prompts)
+
+
+def test_a_second_run_needs_no_model(store: Store, tmp_path: Path):
+    reader, _ = embedded(store, lines={"fit:": " boxy-cut"})
+    first = extract(COAT, SCHEMA, reader)
+    without = EmbeddedReader(LEXICON, ReaderSettings(reader="embedded", data_dir=tmp_path), store.cache)
+    assert extract(COAT, SCHEMA, without) == first
     with pytest.raises(UserError, match="`make llm` fetches it"):
-        make_reader(ReaderSettings(reader="embedded", data_dir=tmp_path), store.cache)
+        extract(COAT.model_copy(update={"title": "Boxy hat"}), SCHEMA, without)
+
+
+def test_a_reader_is_made_without_the_model(store: Store, tmp_path: Path):
+    assert isinstance(make_reader(ReaderSettings(reader="embedded", data_dir=tmp_path), store.cache), EmbeddedReader)

@@ -14,9 +14,20 @@ import pytest
 import evaluate
 import evaluate_features
 from catalog import FeatureSchema, RawProduct
-from evaluate_features import FeatureEvaluation, Gold, by_reader, counts, measures, myntra, rows_of
-from extract_features import LexiconReader
+from evaluate_features import (
+    FeatureEvaluation,
+    Gold,
+    by_catalogue,
+    by_reader,
+    by_typed_words,
+    counts,
+    measures,
+    myntra,
+    rows_of,
+    titles,
+)
 from lexicon import Lexicon
+from readers import EmbeddedReader, LexiconReader, ReaderSettings
 from settings import UserError
 from text_encoder import TextEncoder
 
@@ -47,10 +58,12 @@ def options(folder: Path, **given: object) -> FeatureEvaluation:
 
 
 def test_the_catalogue_gives_choices_and_truth_but_the_reader_sees_text_only(folder: Path):
-    gold = myntra(options(folder))
-    assert gold.schema.std["colour"] == ["Red", "Blue"]  # the most frequent first
+    gold = myntra(options(folder, products=15))
+    assert gold.asked[0].std["colour"] == ["Red", "Blue"]  # the most frequent first
     assert gold.most_frequent["category"] == ["Dresses"]
-    assert len(gold.raws) == 20  # without the one that has no colour
+    assert len(gold.raws) == len(gold.asked) == 15
+    assert len(gold.others) == 6  # the one that has no colour is not judged, but may be learned from
+    assert not {raw.product_id for raw in gold.raws} & {raw.product_id for raw, _ in gold.others}
     assert not any(raw.attributes for raw in gold.raws)
     assert all("cotton" in raw.description for raw in gold.raws)
     dress = next(n for n, raw in enumerate(gold.raws) if "Dresses" in raw.title)
@@ -71,10 +84,9 @@ def test_too_few_products_are_refused(folder: Path):
 
 
 def test_counts_and_measures_by_hand():
-    schema = FeatureSchema(std={"colour": ["red", "blue"], "fit": ["slim"]}, re=[])
     truth = [{"colour": ["Red"], "fit": ["slim"]}, {"colour": ["blue"]}, {"colour": ["red", "blue"]}]
     said = [{"colour": ["red"]}, {"colour": ["red"], "fit": ["slim"]}, {"colour": ["red"]}]
-    table = counts(said, Gold(schema, [], truth, {}))
+    table = counts(said, Gold([], [], truth, [], {}))
     np.testing.assert_array_equal(table["colour"], [[1, 0, 0], [0, 1, 1], [1, 0, 1]])
     np.testing.assert_array_equal(table["fit"], [[0, 0, 1], [0, 0, 0], [0, 0, 0]])  # nobody knows the second's fit
     found = measures(table["micro"].sum(0))
@@ -87,8 +99,9 @@ def test_the_lexicon_is_right_about_plain_words_and_the_figures_say_so(folder: P
     monkeypatch.setattr(evaluate, "STEPS", tmp_path / "docs" / "steps.json")
     asked = options(folder)
     gold = myntra(asked)
-    read = by_reader(LexiconReader(Lexicon.load(ROOT / "lexicon.json")), gold.schema)
-    rows = rows_of([read(raw) for raw in gold.raws], gold, asked, "lexicon", 2.0)
+    read = by_reader(LexiconReader(Lexicon.load(ROOT / "lexicon.json")))
+    said = [read(raw, schema) for raw, schema in zip(gold.raws, gold.asked, strict=True)]
+    rows = rows_of(said, gold, asked, "lexicon", 2.0)
     value = {(row.metric, row.slice): row for row in rows}
     for field in ("colour", "category", "gender", "fabric"):
         assert value["f1", field].value == 1.0
@@ -109,9 +122,53 @@ def test_nearest_in_meaning_chooses_one_value_of_each_field(folder: Path, new_sh
     gold = myntra(options(folder))
     with new_shop() as settings:
         encoder = TextEncoder.load(settings)
-    said = evaluate_features.by_meaning(encoder, gold.schema)(RawProduct(product_id="1", title="red dress"))
+    schema = gold.asked[0]
+    said = evaluate_features.by_meaning(encoder, schema)(RawProduct(product_id="1", title="red dress"), schema)
     assert said["colour"] == ["Red"]
-    assert {name: len(values) for name, values in said.items()} == dict.fromkeys(gold.schema.std, 1)
+    assert {name: len(values) for name, values in said.items()} == dict.fromkeys(schema.std, 1)
+
+
+def test_the_other_products_fill_what_the_lexicon_leaves_open(folder: Path, store):
+    gold = myntra(options(folder, products=15, text="title"))
+    reader = EmbeddedReader(Lexicon.load(ROOT / "lexicon.json"), ReaderSettings(), store.cache)
+    reader.learn(gold.others)
+    said = by_catalogue(reader)(RawProduct(product_id="1", title="Acme Women Red Dresses"), gold.asked[0])
+    assert said["colour"] == ["Red"]  # by the lexicon
+    assert said["season"] == ["Summer"]  # no word of it
+
+
+@pytest.fixture
+def lures(tmp_path: Path) -> Path:
+    """Titles with the values of open fields, in the form of AE-110k and OA-Mine."""
+
+    def line(title: str, **values: str) -> str:
+        return json.dumps({"input": title, "category": "Lure", "target_scores": {k: {v: 1} for k, v in values.items()}})
+
+    train = [
+        line("ACME spoon 85mm, Red/Black", Brand="ACME", Length="85mm"),
+        line("Zed spoon", Brand="Zed", Length="n/a"),
+    ]
+    test = [line("Zed ACME lure 85mm", Brand="ACME", Length="85mm"), line("Spoon", Brand="n/a", Length="n/a")]
+    (tmp_path / "train.jsonl").write_text("\n".join(train))
+    (tmp_path / "test.jsonl").write_text("\n".join(test))
+    return tmp_path
+
+
+def test_titles_with_open_fields_and_fields_that_are_not_there(lures: Path):
+    gold = titles(options(lures, what="ae-110k"))
+    assert gold.values == [{"Brand": ["ACME"], "Length": ["85mm"]}, {"Brand": [], "Length": []}]
+    assert gold.asked[0] == FeatureSchema(std={}, re=["Brand", "Length"])
+    assert gold.most_frequent == {"Brand": ["ACME"], "Length": ["85mm"]}
+    said = [by_typed_words(gold.others)(raw, schema) for raw, schema in zip(gold.raws, gold.asked, strict=True)]
+    assert said == [{"Brand": ["ACME"], "Length": ["85mm"]}, {}]
+    # A value where there is none is wrong, as in the published measure.
+    np.testing.assert_array_equal(counts([gold.most_frequent] * 2, gold)["micro"], [[2, 0, 0], [0, 2, 0]])
+
+
+def test_a_file_that_holds_no_titles_is_named(tmp_path: Path):
+    (tmp_path / "test.jsonl").write_text('{"input": "x"}')
+    with pytest.raises(UserError, match=r"test\.jsonl is not a file of titles"):
+        titles(options(tmp_path, what="oa-mine"))
 
 
 def test_a_folder_that_is_none_is_said_in_one_line(tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,8 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catalog import FeatureSchema, Product, RawProduct
-from extract_features import EndpointReader, ExtractOptions, LexiconReader, ReaderSettings, extract, extract_all
-from lexicon import Lexicon, LexiconFile, plain_text
+from extract_features import ExtractOptions, estimate_all, extract, extract_all, extract_many, seller_values, usage_line
+from lexicon import Lexicon, LexiconFile, plain_text, says
+from readers import EndpointReader, LexiconReader, ReaderSettings, Usage
 from settings import UserError
 from store import Store
 
@@ -356,23 +358,30 @@ class Endpoint:
     """Speaks the OpenAI protocol on a local port and gives scripted answers, one a request."""
 
     def __init__(self) -> None:
-        self.replies: list[str | int] = []  # a text is an answer, a number an HTTP error
+        # A text is an answer, a number an HTTP error, an object a choice with whatever it holds.
+        self.replies: list[str | int | dict[str, Any]] = []
         self.requests: list[dict[str, Any]] = []
+        self.gate: threading.Barrier | None = None  # requests wait here for each other
+        self.arrived = threading.Semaphore(0)  # released by each request
         endpoint = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 endpoint.requests.append(json.loads(body))
+                endpoint.arrived.release()
                 answer: dict[str, Any]
+                if endpoint.gate is not None:
+                    endpoint.gate.wait(20)
                 reply = endpoint.replies.pop(0) if endpoint.replies else 418
                 if isinstance(reply, int):
                     status, answer = reply, {"error": {"message": f"scripted {reply}"}}
                 else:
-                    message = {"role": "assistant", "content": reply}
-                    choice = {"index": 0, "finish_reason": "stop", "message": message}
+                    choice = {"index": 0, "finish_reason": "stop"}
+                    choice |= {"message": {"role": "assistant", "content": reply}} if isinstance(reply, str) else reply
                     status = 200
                     answer = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+                    answer["usage"] = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
                 payload = json.dumps(answer).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
@@ -404,7 +413,7 @@ def reader(endpoint: Endpoint, store: Store) -> EndpointReader:
 
 
 SMALL = FeatureSchema(std={"colour": ["navy", "black"], "category": ["dress", "shirt"]}, re=["material", "word"])
-SAILOR = raw("Sailor's dress", "Deep sea shade, woven from flax.", category=["dress"])
+SAILOR = raw("Sailor's dress", "Deep sea shade, woven from flax yarn.", category=["dress"])
 GOOD = json.dumps({"colour": ["Navy"], "material": ["Flax_Yarn", "none"]})
 OFF_LIST = json.dumps({"colour": ["sea"], "material": []})
 
@@ -413,13 +422,19 @@ def test_endpoint_fills_what_the_seller_left_open(endpoint: Endpoint, reader: En
     endpoint.replies = [GOOD]
     found = extract(SAILOR, SMALL, reader)
     assert found.product.std == {"colour": ["navy"], "category": ["dress"]}
-    assert found.product.re == {"material": ["flax yarn"], "word": ["deep", "sea", "shade", "woven", "flax"]}
+    assert found.product.re == {"material": ["flax yarn"], "word": ["deep", "sea", "shade", "woven", "flax", "yarn"]}
     assert found.rejected == []
     (asked,) = endpoint.requests
     assert asked["temperature"] == 0
     answer_schema = asked["response_format"]["json_schema"]["schema"]
     assert answer_schema["properties"]["colour"]["items"]["enum"] == ["navy", "black"]
     assert answer_schema["required"] == ["colour", "material"]  # not the seller's category, not the lexicon's word
+    assert '"seller says": {"category": "dress"}' in asked["messages"][-1]["content"]
+    assert [(one.value, one.source, one.words) for one in found.evidence["material"]] == [
+        ("flax yarn", "model", "Flax_Yarn")
+    ]
+    assert [(one.source, one.confidence) for one in found.evidence["category"]] == [("seller", 1.0)]
+    assert found.evidence["word"][0].source == "lexicon"
 
 
 def test_nothing_missing_nothing_asked(endpoint: Endpoint, reader: EndpointReader):
@@ -429,12 +444,96 @@ def test_nothing_missing_nothing_asked(endpoint: Endpoint, reader: EndpointReade
 
 
 def test_what_the_text_says_in_plain_words_is_not_asked(endpoint: Endpoint, reader: EndpointReader):
-    endpoint.replies = [json.dumps({"material": []})]
     assert extract(raw("Navy dress"), SMALL, reader).product.std == {"colour": ["navy"], "category": ["dress"]}
+    extract(raw("남색 리넨 원피스"), SMALL, reader)
+    assert endpoint.requests == []  # no word is left that could speak for a material
+    endpoint.replies = [json.dumps({"material": ["sharkskin"]})]
+    assert extract(raw("Navy sharkskin dress"), SMALL, reader).product.re == {"material": ["sharkskin"]}
     (asked,) = endpoint.requests
     assert asked["response_format"]["json_schema"]["schema"]["required"] == ["material"]
-    extract(raw("남색 리넨 원피스"), SMALL, reader)
-    assert len(endpoint.requests) == 1
+
+
+def test_a_value_that_the_text_does_not_say_is_refused(endpoint: Endpoint, reader: EndpointReader):
+    endpoint.replies = [json.dumps({"material": ["moonwool", "sharkskin", "navy"]})]
+    found = extract(raw("Navy sharkskin dress", product_id="p7"), SMALL, reader)
+    assert found.product.re == {"material": ["sharkskin"]}  # "navy" is a colour, and read as one
+    (row,) = found.rejected
+    assert (row.file, row.reason) == ("p7", "material: the text does not say this")
+    assert json.loads(row.raw)["value"] == "moonwool"
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "said"),
+    [
+        ("woven from flax yarns", "flax yarn", True),
+        ("아마로 짠 셔츠", "아마", True),
+        ("군더더기 없는 선", "군더더기없는", True),
+        ("85mm, 20g", "85mm", True),
+        ("a classic", "class", False),
+        ("a classic", "", False),
+    ],
+)
+def test_whether_a_text_says_a_value(text: str, value: str, said: bool):
+    assert says(text, value) is said
+
+
+def test_the_nearest_products_with_sellers_values_are_shown_as_examples(endpoint: Endpoint, reader: EndpointReader):
+    others = [
+        (raw("Sailor's striped summer shirt", product_id="near"), {"colour": ["navy"]}),
+        (raw("Ski boots", product_id="far"), {"colour": ["black"]}),
+        (raw("Sailor's dress", product_id="silent"), {}),
+        (SAILOR, {"category": ["dress"]}),  # itself is no example
+    ]
+    reader.learn(others)
+    endpoint.replies = [GOOD]
+    extract(SAILOR, SMALL, reader)
+    _, *turns, _ = endpoint.requests[0]["messages"]
+    assert [turn["role"] for turn in turns] == ["user", "assistant"] * 2
+    assert "Ski boots" in turns[0]["content"]
+    assert "summer shirt" in turns[2]["content"]  # the nearest last
+    assert turns[3]["content"] == '{"colour": ["navy"]}'
+
+
+def test_what_the_other_products_leave_no_doubt_about_is_not_asked(endpoint: Endpoint, reader: EndpointReader):
+    schema = FeatureSchema(std={"colour": ["navy", "black"], "category": ["dress"]}, re=["material"])
+    others = [(raw(f"Sailor's dress {n}", product_id=f"o{n}"), {"colour": ["navy"]}) for n in range(5)]
+    others += [(raw("Coat", product_id=f"c{n}"), {"material": ["sharkskin"]}) for n in range(2)]
+    reader.learn(others)
+    endpoint.replies = [json.dumps({"material": []})]
+    found = extract(raw("Sailor's sharkskin", category=["dress"]), schema, reader)
+    assert found.product.std == {"colour": ["navy"], "category": ["dress"]}
+    assert found.product.re == {"material": ["sharkskin"]}
+    assert found.evidence["colour"][0].source == "catalogue"
+    assert found.evidence["colour"][0].confidence == pytest.approx(1.0, abs=0.1)
+    assert [(one.source, one.words) for one in found.evidence["material"]] == [("catalogue", "sharkskin")]
+    (asked,) = endpoint.requests  # about the word "sailor"
+    assert asked["response_format"]["json_schema"]["schema"]["required"] == ["material"]
+
+
+def test_confidence_comes_from_the_tokens_that_spell_the_value(endpoint: Endpoint, reader: EndpointReader):
+    tokens = [('{"colour": ["', -0.5), ("na", math.log(0.5)), ("vy", math.log(0.5)), ('"], "material": []}', -3.0)]
+    steps: list[Any] = [
+        {"token": token, "logprob": logprob, "bytes": None, "top_logprobs": []} for token, logprob in tokens
+    ]
+    answer = "".join(token for token, _ in tokens)
+    endpoint.replies = [
+        {"message": {"role": "assistant", "content": answer}, "logprobs": {"content": steps, "refusal": None}}
+    ]
+    (colour,) = extract(SAILOR, SMALL, reader).evidence["colour"]
+    assert (colour.value, colour.confidence) == ("navy", 0.25)
+
+
+def test_values_that_the_model_is_not_sure_of_are_left_out(endpoint: Endpoint, store: Store):
+    settings = ReaderSettings(extract_url=endpoint.url, extract_model="m", extract_confidence=0.5)
+    tokens = [('{"colour": ["', 0.0), ("navy", math.log(0.4)), ('"], "material": []}', 0.0)]
+    steps: list[Any] = [
+        {"token": token, "logprob": logprob, "bytes": None, "top_logprobs": []} for token, logprob in tokens
+    ]
+    answer = "".join(token for token, _ in tokens)
+    endpoint.replies = [
+        {"message": {"role": "assistant", "content": answer}, "logprobs": {"content": steps, "refusal": None}}
+    ]
+    assert "colour" not in extract(SAILOR, SMALL, EndpointReader(LEXICON, settings, store.cache)).product.std
 
 
 @pytest.mark.parametrize(
@@ -482,6 +581,45 @@ def test_a_text_cannot_talk_its_way_past_the_schema(endpoint: Endpoint, reader: 
     assert user["content"].endswith("</product>")
 
 
+@pytest.mark.parametrize(
+    ("choice", "reason"),
+    [
+        ({"message": {"role": "assistant", "content": None, "refusal": "I cannot help with that"}}, "Invalid JSON"),
+        ({"message": {"role": "assistant", "content": GOOD}, "finish_reason": "length"}, "was cut off"),
+    ],
+)
+def test_refusals_and_answers_cut_off_are_no_answers(
+    endpoint: Endpoint, reader: EndpointReader, choice: dict[str, Any], reason: str
+):
+    endpoint.replies = [choice, choice]
+    found = extract(SAILOR, SMALL, reader)
+    assert found.product.std == {"category": ["dress"]}
+    (row,) = found.rejected
+    assert reason in json.loads(row.raw)["error"]
+
+
+def test_several_requests_run_at_a_time_and_no_more_than_allowed(endpoint: Endpoint, store: Store):
+    settings = ReaderSettings(extract_url=endpoint.url, extract_model="m", extract_concurrency=3)
+    endpoint.gate = threading.Barrier(3)  # with fewer at a time it breaks, with more the last one waits in vain
+    endpoint.replies = [GOOD] * 6
+    products = [raw(f"Sailor's dress {letter}", SAILOR.description, letter) for letter in "abcdef"]
+    found = extract_many(products, SMALL, EndpointReader(LEXICON, settings, store.cache))
+    assert [one.product.std["colour"] for one in found] == [["navy"]] * 6
+    assert [one.product.product_id for one in found] == list("abcdef")
+
+
+def test_tokens_and_money_are_counted(endpoint: Endpoint, store: Store):
+    prices: dict[str, Any] = {"extract_price_in": 2.0, "extract_price_out": 10.0}
+    settings = ReaderSettings(extract_url=endpoint.url, extract_model="m", **prices)
+    reader = EndpointReader(LEXICON, settings, store.cache)
+    endpoint.replies = ["{", GOOD]
+    extract(SAILOR, SMALL, reader)
+    extract(SAILOR, SMALL, reader)
+    assert reader.usage == Usage(asked=2, cached=1, prompt_tokens=200, answer_tokens=20)
+    assert reader.usage.cost(settings) == pytest.approx(0.0006)
+    assert "200 + 20 tokens, cost 0.00" in usage_line(reader.usage, settings)
+
+
 def test_server_errors_are_tried_again(endpoint: Endpoint, reader: EndpointReader):
     endpoint.replies = [500, 503, GOOD]
     assert extract(SAILOR, SMALL, reader).product.std["colour"] == ["navy"]
@@ -499,22 +637,23 @@ def test_a_second_run_asks_nothing(endpoint: Endpoint, reader: EndpointReader):
 
 
 def test_an_endpoint_without_response_format(endpoint: Endpoint, reader: EndpointReader):
-    endpoint.replies = [400, f"Sure!\n```json\n{GOOD}\n```", GOOD]
+    endpoint.replies = [400, 400, f"Sure!\n```json\n{GOOD}\n```", GOOD]
     assert extract(SAILOR, SMALL, reader).product.std["colour"] == ["navy"]
     extract(raw("Another dress", category=["dress"]), SMALL, reader)
-    assert ["response_format" in asked for asked in endpoint.requests] == [True, False, False]
+    assert ["response_format" in asked for asked in endpoint.requests] == [True, True, False, False]
+    assert ["logprobs" in asked for asked in endpoint.requests] == [True, False, False, False]
 
 
 def test_an_endpoint_that_refuses_everything_is_an_error(endpoint: Endpoint, reader: EndpointReader):
-    endpoint.replies = [400, 400]
+    endpoint.replies = [400, 400, 400]
     with pytest.raises(UserError, match="scripted 400"):
         extract(SAILOR, SMALL, reader)
 
 
 def test_one_refused_product_does_not_stop_the_rest(endpoint: Endpoint, reader: EndpointReader):
-    endpoint.replies = [GOOD, 400, 400]
+    endpoint.replies = [GOOD, 400, 400, 400]
     extract(SAILOR, SMALL, reader)
-    found = extract(raw("Black dress"), SMALL, reader)
+    found = extract(raw("Black sharkskin dress"), SMALL, reader)
     assert found.product.std == {"colour": ["black"], "category": ["dress"]}
     assert len(found.rejected) == 1
 
@@ -541,6 +680,13 @@ def shop(store: Store) -> Store:
     return store
 
 
+@pytest.fixture
+def puzzling_shop(shop: Store) -> Store:
+    """Each product holds a word that only a model can read."""
+    shop.products.put([raw("Navy moleskin dress", product_id="a"), raw("Black sharkskin shirt", product_id="b")])
+    return shop
+
+
 def test_the_shop_is_read_once_and_again_only_where_something_changed(shop: Store):
     reader = LexiconReader(LEXICON)
     summary = extract_all(shop, reader, ExtractOptions())
@@ -552,6 +698,9 @@ def test_the_shop_is_read_once_and_again_only_where_something_changed(shop: Stor
         Product(product_id="b", title="Black shirt", std={"category": ["shirt"], "colour": ["black"]}),
     ]
     assert [row.file for row in shop.quarantine.read("extract/lexicon")] == ["b"]
+    stored = shop.products.get("a")
+    assert stored is not None
+    assert stored.evidence["colour"] == [{"value": "navy", "source": "lexicon", "confidence": 1.0, "words": "navy"}]
 
     assert extract_all(shop, reader, ExtractOptions()).read == 0
     shop.products.put([raw("Black dress", product_id="a")])
@@ -578,14 +727,62 @@ def test_limit_goes_on_where_it_stopped(shop: Store):
     assert [product.product_id for product in shop.products.read_features()] == ["a", "b"]
 
 
-def test_answers_survive_an_endpoint_that_dies(shop: Store, endpoint: Endpoint, reader: EndpointReader):
-    endpoint.replies = [json.dumps({"material": ["flax"]}), 401]
+def test_answers_survive_an_endpoint_that_dies(puzzling_shop: Store, endpoint: Endpoint):
+    settings = ReaderSettings(extract_url=endpoint.url, extract_model="m", extract_concurrency=1)
+    reader = EndpointReader(LEXICON, settings, puzzling_shop.cache)
+    endpoint.replies = [json.dumps({"material": ["moleskin"]}), 401]
     with pytest.raises(UserError, match="scripted 401"):
-        extract_all(shop, reader, ExtractOptions())
-    endpoint.replies = [json.dumps({"material": ["wool"]})]
-    assert extract_all(shop, reader, ExtractOptions()).read == 2
+        extract_all(puzzling_shop, reader, ExtractOptions())
+    endpoint.replies = [json.dumps({"material": ["sharkskin"]})]
+    assert extract_all(puzzling_shop, reader, ExtractOptions()).read == 2
     assert len(endpoint.requests) == 3
-    assert [product.re["material"] for product in shop.products.read_features()] == [["flax"], ["wool"]]
+    features = puzzling_shop.products.read_features()
+    assert [product.re["material"] for product in features] == [["moleskin"], ["sharkskin"]]
+
+
+def test_a_run_that_is_killed_goes_on_where_it_was(puzzling_shop: Store, endpoint: Endpoint):
+    endpoint.gate = threading.Barrier(2)
+    endpoint.replies = [json.dumps({"material": ["moleskin"]})]
+    command = [sys.executable, str(ROOT / "extract_features.py"), "--reader=endpoint", "--extract-concurrency=1"]
+    environment = os.environ | {"DATABASE_URL": puzzling_shop.url, "EXTRACT_URL": endpoint.url, "EXTRACT_MODEL": "m"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as run:
+        endpoint.gate.wait(60)  # the first question may be answered
+        assert endpoint.arrived.acquire(timeout=60)
+        assert endpoint.arrived.acquire(timeout=60)  # the second one waits
+        run.kill()
+    endpoint.gate.abort()
+    endpoint.gate = None
+    endpoint.replies = [json.dumps({"material": ["sharkskin"]})]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "questions to the model: 1, answered from the cache: 1" in done.stdout
+    assert [product.re["material"] for product in puzzling_shop.products.read_features()] == [
+        ["moleskin"],
+        ["sharkskin"],
+    ]
+
+
+def test_a_dry_run_asks_nothing_and_says_what_it_would_cost(puzzling_shop: Store, endpoint: Endpoint):
+    options = ExtractOptions(extract_url=endpoint.url, extract_model="m", extract_price_in=1_000_000, dry_run=True)
+    reader = EndpointReader(LEXICON, options, puzzling_shop.cache)
+    usage = estimate_all(puzzling_shop, reader, options)
+    assert (usage.asked, usage.cached) == (2, 0)
+    assert usage.prompt_tokens > 200  # the instructions alone are longer
+    assert f"cost {usage.prompt_tokens:,}.00" in usage_line(usage, options)
+    assert endpoint.requests == []
+    assert puzzling_shop.products.read_features() == []
+
+    endpoint.replies = [json.dumps({"material": []})] * 2
+    extract_all(puzzling_shop, reader, options)
+    usage = estimate_all(puzzling_shop, reader, options.model_copy(update={"all": True}))
+    assert (usage.asked, usage.cached) == (0, 2)
+
+
+def test_sellers_values_are_what_a_reader_learns_from():
+    given_away = raw("x", colour=["Navy"], material=["Brushed_Moonwool"], odd=["thing"])
+    assert list(seller_values([given_away], LEXICON.bind(SCHEMA))) == [
+        (given_away, {"colour": ["navy"], "material": ["brushed moonwool"]})
+    ]
 
 
 def test_contradicting_options(shop: Store):
