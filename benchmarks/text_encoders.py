@@ -258,8 +258,8 @@ def summary(measured: Sequence[Figures]) -> str:
     return _filled(" ".join(sentences))
 
 
-def page(measured: Sequence[Figures], by_chance: dict[str, dict[str, float]], titles: int) -> str:
-    """docs/text_encoders.md."""
+def page(measured: Sequence[Figures], by_chance: dict[str, dict[str, float]], titles: int, load: float) -> str:
+    """docs/text_encoders.md. `load`: processes that wanted to run before the benchmark did; times are good near 0 only."""
     retrieved = sorted(measured[0].translations)
     columns = [f"{way} of {among:,}" for among in retrieved for way in ("KO → EN", "EN → KO")]
     heads = ["encoder", "width", *columns, "occasions", "titles a second", "ms a text"]
@@ -285,7 +285,8 @@ def page(measured: Sequence[Figures], by_chance: dict[str, dict[str, float]], ti
     made = _filled(
         f"Made by `python -m benchmarks.text_encoders{'' if titles == DEFAULT_TITLES else f' --titles {titles}'}` with torch "
         f"{torch.__version__} on the {'GPU' if torch.cuda.is_available() else 'CPU'}: cores {os.cpu_count()}, torch threads "
-        f"{torch.get_num_threads()}. {MINILM} is compared where `benchmarks/requirements.txt` is installed, and any other "
+        f"{torch.get_num_threads()}, load average before the run {load:.1f} (times count on an idle "
+        f"machine only). {MINILM} is compared where `benchmarks/requirements.txt` is installed, and any other "
         "HuggingFace name or folder with `--text-encoder NAME`. "
         "Nothing is trained here: cosine of mean-pooled vectors, as they come."
     )
@@ -340,9 +341,10 @@ def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def main(options: BenchmarkOptions) -> None:
+    load = os.getloadavg()[0]
     titles = draw_titles(options.titles, options.seed)
     measured = [measure(name, encoder, titles) for name, encoder in encoders(options)]
-    text = page(measured, chance(titles), options.titles)
+    text = page(measured, chance(titles), options.titles, load)
     print(text)
     if options.write:
         PAGE.write_text(text, encoding="utf-8")

@@ -133,12 +133,13 @@ def test_the_page_says_what_was_measured_and_what_was_left_out() -> None:
     cut = replace(
         figures(SIX), milliseconds=6.5, titles_a_second=240.0, translations={100: (0.2, 0.2), 1000: (0.1, 0.1)}
     )
-    text = page([figures(ALL), cut], by_chance, titles=1000)
+    text = page([figures(ALL), cut], by_chance, titles=1000, load=2.5)
     assert f"| {ALL} | 384 | 0.500 | 0.400 | 0.300 | 0.200 | 0.25 | 120 | 12.5 |" in text
     assert f"| both | {ALL} | 0.500 | 0.500 | 0.500 | 0.500 | 0.100 |" in text
     assert "| both | by chance | 0.050 |" in text
     assert f"{MINILM} is left out" in text
     words = " ".join(text.split())
+    assert "load average before the run 2.5" in words
     assert "25% of the titles find their translation among 1,000, instead of 10%" in words
     assert "nearest Korean titles 50% are of the query's category, instead of 50%" in words
     assert "10.0% of the neighbours are in the other one" in words
@@ -146,7 +147,7 @@ def test_the_page_says_what_was_measured_and_what_was_left_out() -> None:
     assert "2.0 times as long" in words
 
     slow = replace(figures(ALL), milliseconds=40.0)
-    text = page([slow, cut, figures(MINILM)], by_chance, titles=1000)
+    text = page([slow, cut, figures(MINILM)], by_chance, titles=1000, load=2.5)
     assert f"{MINILM} is left out" not in text
     assert "beyond the 15 ms" in " ".join(text.split())
     assert "30% of the Korean titles find their translation" in " ".join(text.split())
