@@ -7,14 +7,16 @@ import pytest
 
 import build_index
 import extract_features
+import train_user
 from catalog import Event, RawProduct
 from datasets import sample_shop
 from recommender import Recommender, Request, UnavailableError
-from release import Release
+from release import ItemEncoder, Release
 from settings import UserError
 from shop_data import ShopData
 from store import Filters, Store
 from tests.conftest import TINY_SHOP
+from tests.tiny import tiny_text_encoder
 from text_encoder import TextEncoder
 
 NOW = sample_shop.NOW.timestamp()
@@ -43,6 +45,20 @@ def test_the_release_is_live_and_complete(shop):
     assert release.manifest["index"]["items"] == 200
     assert release.manifest["index"]["recall"] > 0.95
     assert not list(release.folder.glob("*.checkpoint.pt"))
+
+
+def test_the_release_remembers_its_text_encoder_and_refuses_another(shop, tmp_path):
+    release, own = Release.open(shop.models_dir), TextEncoder.load(shop)
+    assert release.manifest["item_tower"]["text_encoder"] == {"name": shop.text_encoder, "fingerprint": own.fingerprint}
+    moved = shop.model_copy(update={"text_encoder": str(tiny_text_encoder(tmp_path / "moved"))})
+    ItemEncoder(release, TextEncoder.load(moved))  # the same encoder in another place
+
+    other = shop.model_copy(update={"text_encoder": str(tiny_text_encoder(tmp_path / "other", seed=1))})
+    said = f"trained with text encoder '{shop.text_encoder}'.*'{other.text_encoder}'.*set TEXT_ENCODER back or train"
+    with pytest.raises(UserError, match=said):
+        ItemEncoder(release, TextEncoder.load(other))
+    with pytest.raises(UserError, match=said):  # nor are later stages trained on top of it
+        train_user.main(train_user.UserOptions(**other.model_dump()))
 
 
 def test_searches_are_as_wide_as_the_index_needs_and_a_bad_index_is_refused(asked, shop):

@@ -195,6 +195,15 @@ def test_a_damaged_release_never_takes_a_healthy_one_down(new_shop):
             assert recommend(client, k=3)["release"] == first.name
 
 
+def test_a_release_of_another_text_encoder_is_not_served_and_the_reason_is_said(shop, tmp_path):
+    other = shop.model_copy(update={"text_encoder": str(tiny_text_encoder(tmp_path / "other", seed=1))})
+    with serving(environment_of(other)) as (_, client):
+        for answer in (client.get("/ready"), client.post("/recommend", json={})):
+            assert answer.status_code == 503
+            assert f"trained with text encoder '{shop.text_encoder}'" in answer.text
+            assert "set TEXT_ENCODER back" in answer.text
+
+
 # --- when things die --------------------------------------------------------------------------------------------------
 
 

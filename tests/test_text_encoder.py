@@ -241,6 +241,20 @@ def test_missing_or_other_package_is_said(tmp_path: Path, monkeypatch: pytest.Mo
 # ------------------------------------------------------------------------------------------------------------ loading
 
 
+def test_the_environment_names_another_encoder(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEXT_ENCODER", str(tiny_text_encoder(tmp_path / "other", seed=1)))
+    other = TextEncoder.load(Settings(data_dir=tmp_path / "data"))
+    monkeypatch.setenv("TEXT_ENCODER", str(tiny))
+    first = TextEncoder.load(Settings(data_dir=tmp_path / "data"))
+    assert (other.name, first.name) == (str(tmp_path / "other"), str(tiny))
+    assert other.fingerprint != first.fingerprint
+    # Each has a cache of its own in the same folder.
+    for encoder in (other, first):
+        np.testing.assert_allclose(encoder.cached_pooled(["red"]), encoder.pooled(["red"]), atol=1e-3)
+    assert abs(other.pooled(["red"]) - first.pooled(["red"])).max() > 0.1
+    assert not (tmp_path / "data/text_encoder").exists()  # the default one is not made
+
+
 def test_width_comes_from_the_config(encoder: TextEncoder, e5: TextEncoder) -> None:
     assert encoder.width == TINY_WIDTH
     assert e5.width == 384

@@ -19,11 +19,11 @@ WORDS = [
 ]  # fmt: skip
 
 
-def tiny_text_encoder(folder: Path) -> Path:
+def tiny_text_encoder(folder: Path, seed: int = 0) -> Path:
     """Saves a random two-layer DistilBertModel of width 32 and its tokenizer in `folder`, to be TEXT_ENCODER.
 
-    Always the same weights. The tokenizer knows some words of a shop, and spells all others by Latin letters or Hangul
-    syllables, so that different words have different vectors.
+    The same seed gives the same weights. The tokenizer knows some words of a shop, and spells all others by Latin letters or
+    Hangul syllables, so that different words have different vectors.
     """
     characters = [
         *string.ascii_lowercase,
@@ -53,6 +53,6 @@ def tiny_text_encoder(folder: Path) -> Path:
         vocab_size=len(pieces), dim=TINY_WIDTH, n_layers=2, n_heads=2, hidden_dim=64, max_position_embeddings=64
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         DistilBertModel(config).save_pretrained(folder)
     return folder
