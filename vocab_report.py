@@ -45,6 +45,7 @@ from vocab import UNKNOWN, AliasMap, ReVocab, Word, normalise, resolve_aliases
 Kind = Literal["spelling", "compound", "similar"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
+CATEGORY = "category"  # the lexicon's field for what a product is
 COMPOUND_FROM = 100  # values of a field: one that fits on a screen or two needs no taking apart
 MAX_WORDS = 10  # of a value that is taken apart; a longer one is a sentence
 MAX_PART = 4  # words of one part
@@ -68,7 +69,7 @@ _NEEDS_LEFT = _word_set(
 )
 _NEEDS_RIGHT = _word_set(
     "high highly low mid semi micro extra ultra super extreme half full quarter slight slightly off multi faux very early"
-    " late baby"
+    " late"
 )
 # Words that may tell of a degree, and of what: "light stretch" is not light.
 _DEGREES = _word_set("light heavy medium moderate normal standard regular strong good little thin thick")
@@ -111,6 +112,10 @@ class Knowledge:
     def read(self, text: str) -> frozenset[Word]:
         return frozenset(pair for match in self._pattern.finditer(text) for pair in self._terms[match.group()])
 
+    def garments(self, word: str) -> frozenset[str]:
+        """The kinds of product that a word names."""
+        return frozenset(value for field, value in self._terms.get(word, ()) if field == CATEGORY)
+
     def is_phrase(self, text: str) -> bool:
         """Whether several words mean more than each of them says: "shirt dress" does, "wool coat" does not."""
         if not self.knows(text):
@@ -139,7 +144,7 @@ class Splitter:
 
     def __init__(self, counts: Mapping[str, int], knowledge: Knowledge) -> None:
         self._knowledge = knowledge
-        self._bound = _bound_pairs(counts)
+        self._bound = _bound_pairs(counts, knowledge)
         self._phrase: dict[str, bool] = {}
 
     def parts(self, value: str) -> list[str]:
@@ -191,8 +196,9 @@ def _needs_right(word: str) -> bool:
     return word in _NEEDS_RIGHT or word.isdigit() or (len(word) == 1 and word.isascii())
 
 
-def _bound_pairs(counts: Mapping[str, int]) -> set[tuple[str, str]]:
-    """Neighbours of which one hardly ever stands beside another word: "peter pan", "baby tee"."""
+def _bound_pairs(counts: Mapping[str, int], knowledge: Knowledge) -> set[tuple[str, str]]:
+    """Neighbours that are one name: of which one hardly ever stands beside another word ("peter pan"), or two garments of
+    different kinds that are often named together ("shirt jacket", which is no shirt)."""
     pairs: Counter[tuple[str, str]] = Counter()
     words: Counter[str] = Counter()
     for value, count in counts.items():
@@ -201,11 +207,17 @@ def _bound_pairs(counts: Mapping[str, int]) -> set[tuple[str, str]]:
             pairs[pair] += count
         for word in written:
             words[word] += count
-    return {
-        pair
-        for pair, count in pairs.items()
-        if count >= BOUND_COUNT and count >= BOUND_SHARE * min(words[pair[0]], words[pair[1]])
-    }
+
+    def is_one_name(left: str, right: str) -> bool:
+        kinds = knowledge.garments(left), knowledge.garments(right)
+        if kinds[0] and kinds[1]:
+            return not kinds[0] & kinds[1]
+        # Words that the lexicon knows stand for themselves, however seldom this shop sets them apart.
+        if knowledge.knows(left) and knowledge.knows(right):
+            return False
+        return pairs[left, right] >= BOUND_SHARE * min(words[left], words[right])
+
+    return {pair for pair, count in pairs.items() if count >= BOUND_COUNT and is_one_name(*pair)}
 
 
 def compounds(counts: Mapping[str, int], knowledge: Knowledge, min_products: int) -> dict[str, tuple[list[str], float]]:
@@ -301,7 +313,7 @@ def _bag(value: str, right: Mapping[str, str], splitter: Splitter) -> str:
 def _turned(one: str, other: str, knowledge: Knowledge) -> bool:
     """Whether the same words in another order name another thing: of "shirt dress" and "dress shirt" the last counts."""
     ends = one.split()[-1], other.split()[-1]
-    return ends[0] != ends[1] and all(any(f == "category" for f, _ in knowledge.read(end)) for end in ends)
+    return ends[0] != ends[1] and all(knowledge.garments(end) for end in ends)
 
 
 def _typos(counts: Mapping[str, int], knowledge: Knowledge) -> dict[str, str]:

@@ -122,6 +122,13 @@ def test_words_that_never_stand_apart_stay_together(knowledge):
     assert Splitter(counts, knowledge).parts("wool peter pan coat") == ["wool", "peter pan", "coat"]
 
 
+def test_two_garments_in_one_name_are_one_part_where_that_name_is_usual(knowledge):
+    counts = {"long shirt jacket": 5, "long hoodie skirt": 1, "bomber jacket": 5}
+    splitter = Splitter(counts, knowledge)
+    assert splitter.parts("long shirt jacket") == ["long", "shirt jacket"]
+    assert splitter.parts("long hoodie skirt") == ["long", "hoodie", "skirt"]
+
+
 def test_words_nobody_else_uses_stay_together_and_are_kept(knowledge):
     found = compounds({"long norfolk harbour coat": 1, "norfolk harbour": 1, "zig zag zug zog coat": 1}, knowledge, 5)
     assert found == {"long norfolk harbour coat": (["long", "norfolk harbour", "coat"], 0.5)}
@@ -192,6 +199,11 @@ def test_mutual_neighbours_merge_the_rarer_into_the_more_frequent(knowledge):
     assert {value: target for value, (target, _) in found.items()} == {"check": "checked", "printed": "print"}
     assert found["check"][1] == pytest.approx(np.cos(np.radians(5)), abs=1e-4)
     assert similar(counts, vectors(0, 5, 90, 95), knowledge, 0.999) == {}
+
+
+def test_names_of_one_thing_in_the_lexicon_may_share_no_word(knowledge):
+    found = similar({"polo tee": 1, "pique shirt": 2}, vectors(0, 1), knowledge, 0.9)
+    assert found["polo tee"][0] == "pique shirt"
 
 
 def test_who_has_a_nearer_neighbour_is_not_merged(knowledge):
