@@ -142,7 +142,7 @@ class LoadedRelease:
         self.encoder.tower.grow([vocab.field_names.index(field) + 1 for _, field, _ in new], text)
         self.reranker.grow(rows)
         for word_id, field_name, value in new:
-            if vocab.grow(field_name, value) != word_id:
+            if vocab.grow(field_name, value) != [word_id]:
                 raise UnavailableError(f"the RE vocabulary of release {self.name} has a hole before id {word_id}")
 
 
@@ -400,13 +400,8 @@ class Recommender:
     def index(self, loaded: LoadedRelease, products: Sequence[Product]) -> None:
         """Embed products and put their rows into a release: searches find them at once."""
         encoder = loaded.encoder
-        words = {
-            (field_name, normalise(value))
-            for product in products
-            for field_name, values in product.re.items()
-            for value in values
-            if field_name in encoder.re_vocab.field_names and encoder.re_vocab.id(field_name, value) == UNKNOWN
-        }
+        vocab = encoder.re_vocab
+        words = {word for product in products for word in vocab.words_of(product.re) if vocab.id(*word) == UNKNOWN}
         if words:
             with self._lock:
                 known = self.store.releases.add_words(loaded.name, sorted(words), first_id=loaded.trained_re_words)

@@ -52,14 +52,18 @@ class ItemLayout:
         return sum(self.std_slots.values())
 
     @classmethod
-    def fit(cls, products: Sequence[Product], std_vocab: StdVocab) -> ItemLayout:
-        """The smallest layout that holds these products, within the caps above."""
+    def fit(cls, products: Sequence[Product], std_vocab: StdVocab, re_vocab: ReVocab) -> ItemLayout:
+        """The smallest layout that holds these products, within the caps above.
+
+        RE values count as what they are read as, since one value may be several words, and whether the vocabulary knows
+        them or not: a word that it learns later needs its slot.
+        """
         slots = dict.fromkeys(std_vocab.field_names, 1)
         most_re = 1
         for product in products:
             for field in slots:
                 slots[field] = max(slots[field], len(product.std.get(field, ())))
-            most_re = max(most_re, sum(len(values) for values in product.re.values()))
+            most_re = max(most_re, len(re_vocab.words_of(product.re)))
         return cls({field: min(n, MAX_STD_VALUES) for field, n in slots.items()}, min(most_re, MAX_RE_VALUES))
 
 

@@ -113,12 +113,13 @@ def main(options: SimcseOptions) -> None:
         schema = store.schema()
         products = store.products.read_features()
         commerce = store.products.read_commerce()
+        aliases = store.aliases.read()
     if len(products) < 2:
         raise UserError("fewer than two products have features; run import_data.py and extract_features.py first")
     release = _release(options)
-    std_vocab, re_vocab = StdVocab(schema), ReVocab(schema.re)
+    std_vocab, re_vocab = StdVocab(schema), ReVocab(schema.re, aliases)
     re_vocab.grow_from(products, options.min_count)
-    layout = ItemLayout.fit(products, std_vocab)
+    layout = ItemLayout.fit(products, std_vocab, re_vocab)
     release.save_vocabularies(schema, std_vocab, re_vocab)
 
     features = catalogue_features(products, std_vocab, re_vocab, layout, text_encoder)

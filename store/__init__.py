@@ -1,6 +1,7 @@
 """PostgreSQL: start or connect, migrations, products, events, users, vectors, releases. All SQL is here."""
 
 from catalog import Rejected
+from store.aliases import Alias, Applied
 from store.database import Store
 from store.events import EventLog, PutEvents
 from store.imports import Counts, ImportReport, ImportSession
@@ -12,6 +13,8 @@ from store.vectors import EXACT_LIMIT, Filters, Found, ItemRows
 
 __all__ = [
     "EXACT_LIMIT",
+    "Alias",
+    "Applied",
     "Commerce",
     "Counts",
     "EventLog",

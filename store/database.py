@@ -20,6 +20,7 @@ from psycopg_pool import ConnectionPool
 from catalog import FeatureSchema
 from settings import Settings, UserError
 from store import embedded, imports
+from store.aliases import Aliases
 from store.cache import Cache
 from store.events import Events
 from store.imports import ImportSession
@@ -64,6 +65,7 @@ class Store:
         self.cache = Cache(self.pool)
         self.vectors = Vectors(self.pool)
         self.releases = Releases(self.pool)
+        self.aliases = Aliases(self.pool)
 
     @classmethod
     def open(cls, settings: Settings, statement_seconds: float | None = None) -> Store:

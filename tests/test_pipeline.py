@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 import build_index
 import extract_features
 import train_user
-from catalog import Event, RawProduct
+from catalog import Event, Product, RawProduct
 from datasets import sample_shop
 from recommender import Recommender, Request, UnavailableError
 from release import ItemEncoder, Release
@@ -190,6 +192,28 @@ def test_a_new_product_with_a_new_word_is_found_at_once(asked, shop):
     answer = other.recommend(Request(history=["brand-new"], k=5, now=NOW))
     assert not answer.warnings
     assert np.isfinite([item.score for item in answer.items]).all()
+
+
+def test_a_product_put_later_is_read_by_the_aliases_its_release_was_trained_with(new_shop):
+    with new_shop() as shop, Store.open(shop) as store:
+        file = Release.open(shop.models_dir).folder / "re_vocab.json"
+        saved = json.loads(file.read_text())
+        known = [value for field, value in saved["words"] if field == "style"][:2]
+        saved["aliases"] = [["style", "plainzigcore", known], ["style", "farzigcore", ["novelcore"]]]
+        file.write_text(json.dumps(saved))
+        recommender = Recommender(store, shop, TextEncoder.load(shop))
+        loaded = recommender.live()
+        vocab, trained = loaded.encoder.re_vocab, len(loaded.encoder.re_vocab)
+        new = Product(product_id="p", title="t", re={"style": ["PlainZigcore", "farzigcore"]})
+        store.products.put([RawProduct(product_id="p", title="t")])
+        recommender.index(loaded, [new])
+        assert store.releases.words(loaded.name) == {("style", "novelcore"): trained}
+        assert len(vocab) == trained + 1
+        row = store.vectors.fetch(loaded.name, ["p"]).re_ids[0]
+        assert [vocab.word(word_id) for word_id in row if word_id] == [
+            *(("style", value) for value in known),
+            ("style", "novelcore"),
+        ]
 
 
 def test_similar_items_of_something_unknown_is_a_lookup_error(asked):

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from catalog import Event, FeatureSchema, Product, RawProduct, Rejected, User
 from settings import UserError
-from store import PutEvents
+from store import Alias, Applied, PutEvents
+from vocab import resolve_aliases
 
 T0 = datetime(2024, 3, 1, 12, 0, 0, 123456, tzinfo=UTC)
 FULL = RawProduct(
@@ -267,3 +268,51 @@ def test_words_added_at_the_same_time_get_one_id_each(store):
     distinct = (workers - 1) * 5 + per_batch
     for number in range(rounds):
         assert sorted(store.releases.words(f"r{number}").values()) == list(range(5, 5 + distinct))
+
+
+# --- aliases ----------------------------------------------------------------------------------------------------------
+
+CREW = Alias("neck", "crewneck", ["crew neck"], "spelling")
+LONG_COAT = Alias("kind", "long coat", ["long", "coat"], "compound")
+
+
+def test_aliases_come_back_as_they_were_applied(store):
+    assert store.aliases.read() == {}
+    assert store.aliases.apply([CREW, LONG_COAT], resolve_aliases) == Applied(1, new=2, changed=0, same=0)
+    assert store.aliases.read() == {("kind", "long coat"): ["long", "coat"], ("neck", "crewneck"): ["crew neck"]}
+    assert [(alias.field, alias.kind, alias.application) for alias in store.aliases.current()] == [
+        ("kind", "compound", 1),
+        ("neck", "spelling", 1),
+    ]
+
+
+def test_aliases_applied_twice_change_nothing(store):
+    store.aliases.apply([CREW], resolve_aliases)
+    assert store.aliases.apply([CREW], resolve_aliases) == Applied(0, new=0, changed=0, same=1)
+    assert store.aliases.undo() == 1
+    assert store.aliases.undo() == 0
+
+
+def test_undo_brings_back_what_the_last_application_replaced(store):
+    store.aliases.apply([CREW], resolve_aliases)
+    before = store.aliases.current()
+    other = Alias("neck", "crewneck", ["round neck"], "own")
+    assert store.aliases.apply([other, LONG_COAT], resolve_aliases) == Applied(2, new=1, changed=1, same=0)
+    assert store.aliases.read()["neck", "crewneck"] == ["round neck"]
+    assert store.aliases.undo() == 2
+    assert store.aliases.current() == before
+
+
+def test_aliases_that_fail_the_check_with_those_in_force_are_not_applied(store):
+    store.aliases.apply([CREW], resolve_aliases)
+    with pytest.raises(ValueError, match="circle"):
+        store.aliases.apply([LONG_COAT, Alias("neck", "crew neck", ["crewneck"], "own")], resolve_aliases)
+    assert list(store.aliases.read()) == [("neck", "crewneck")]
+
+
+def test_an_alias_is_forgotten_with_its_whole_past(store):
+    store.aliases.apply([CREW], resolve_aliases)
+    store.aliases.apply([Alias("neck", "crewneck", ["round neck"], "own"), LONG_COAT], resolve_aliases)
+    assert store.aliases.forget([("neck", "crewneck"), ("neck", "nothing")]) == 1
+    assert list(store.aliases.read()) == [("kind", "long coat")]
+    assert store.aliases.forget([]) == 0

@@ -67,7 +67,7 @@ def log(events):
 # --------------------------------------------------------------------------------------------------------------- items
 def test_a_row_has_a_slot_for_every_field_and_zeros_where_nothing_is():
     std, re = vocabularies()
-    layout = ItemLayout.fit([SHIRT, DRESS], std)
+    layout = ItemLayout.fit([SHIRT, DRESS], std, re)
     assert layout.std_slots == {"category": 1, "colour": 2}
     assert std_row(SHIRT, std, layout) == [
         std.id("category", "shirt"),
@@ -78,9 +78,17 @@ def test_a_row_has_a_slot_for_every_field_and_zeros_where_nothing_is():
     assert re_row(DRESS, re, layout) == [0]
 
 
+def test_a_value_that_is_read_as_several_words_has_a_slot_for_each():
+    std, _ = vocabularies()
+    re = ReVocab(SCHEMA.re, {("material", "Linen"): ["flax", "cool"]})
+    re.grow_from([SHIRT])
+    layout = ItemLayout.fit([SHIRT], std, re)
+    assert re_row(SHIRT, re, layout) == [re.id("material", "flax"), re.id("material", "cool")]
+
+
 def test_a_batch_drops_padding_columns_and_masks_missing_tokens():
     std, re = vocabularies()
-    layout = ItemLayout.fit([SHIRT, DRESS], std)
+    layout = ItemLayout.fit([SHIRT, DRESS], std, re)
     titles = Ragged(np.arange(8, dtype=np.float16).reshape(4, 2), np.array([0, 3, 3]))
     features = item_features([SHIRT, DRESS, DRESS], std, re, layout, titles, np.array([0, 1, 1]))
     batch = features.batch(np.array([1, 0]))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catalog import FeatureSchema, Product
-from vocab import FIRST_WORD, UNKNOWN, ReVocab, StdVocab, normalise, split_values
+from vocab import FIRST_WORD, UNKNOWN, ReVocab, StdVocab, normalise, resolve_aliases, split_values
 
 SCHEMA = FeatureSchema(std={"category": ["shirt", "dress"], "colour": ["Navy Blue", "white"]}, re=["fit", "material"])
 
@@ -68,10 +68,10 @@ def test_the_same_value_in_two_fields_has_two_ids():
 
 def test_re_grows_at_once_and_spelling_variants_share_the_id():
     vocab = ReVocab(["fit"])
-    first = vocab.grow("fit", "Oversized")
+    [first] = vocab.grow("fit", "Oversized")
     assert vocab.id("fit", "oversized") == first
-    assert vocab.grow("fit", "OVERSIZED") == first
-    assert vocab.grow("fit", "cropped") == first + 1
+    assert vocab.grow("fit", "OVERSIZED") == [first]
+    assert vocab.grow("fit", "cropped") == [first + 1]
     assert vocab.word(first) == ("fit", "oversized")
 
 
@@ -113,7 +113,7 @@ def test_save_and_load_keep_every_id(tmp_path_factory, words):
     vocab.save(path)
     loaded = ReVocab.load(path)
     assert loaded.words == vocab.words
-    assert loaded.grow("fit", "after loading") == len(vocab)
+    assert loaded.grow("fit", "after loading") == [len(vocab)]
 
 
 @pytest.mark.parametrize(
@@ -131,3 +131,96 @@ def test_a_damaged_file_is_named(tmp_path, content):
     path.write_text(content)
     with pytest.raises(ValueError, match=r"std\.json"):
         StdVocab.load(path)
+
+
+# --- aliases ----------------------------------------------------------------------------------------------------------
+
+ALIASES = {("fit", "Over-sized"): ["oversized"], ("fit", "long h line blazer"): ["Long", "h-line", "blazer"]}
+
+
+def product(number: int, *values: str) -> Product:
+    return Product(product_id=str(number), title="t", re={"fit": list(values)})
+
+
+def test_chains_are_followed_to_their_ends_and_repeats_dropped():
+    aliases = {("f", "A"): ["b"], ("f", "b"): ["c", "d"], ("f", "d"): ["C"], ("g", "b"): ["x"]}
+    assert resolve_aliases(aliases) == {
+        ("f", "a"): ("c",),
+        ("f", "b"): ("c",),
+        ("f", "d"): ("c",),
+        ("g", "b"): ("x",),
+    }
+
+
+def test_a_chain_may_be_longer_than_the_stack_of_python():
+    resolved = resolve_aliases({("f", f"w{n}"): [f"w{n + 1}"] for n in range(5000)})
+    assert set(resolved.values()) == {("w5000",)}
+
+
+@pytest.mark.parametrize(
+    ("aliases", "told"),
+    [
+        ({("f", "a"): ["A"]}, "a -> a goes in a circle"),
+        ({("f", "x"): ["a"], ("f", "a"): ["y", "b"], ("f", "b"): ["a"]}, "a -> b -> a goes in a circle"),
+        ({("f", "a"): []}, "'a' or what it would become"),
+        ({("f", "a"): ["b", " - "]}, "'a' or what it would become"),
+        ({("f", "-"): ["b"]}, "'-' or what it would become"),
+        ({("f", "a"): ["b"], ("f", "A"): ["c"]}, "'A' becomes two different things"),
+    ],
+)
+def test_aliases_that_cannot_be_are_refused_with_field_and_value(aliases, told):
+    with pytest.raises(ValueError, match=f"f: {told}"):
+        resolve_aliases(aliases)
+
+
+@given(
+    st.dictionaries(
+        st.tuples(st.sampled_from("fg"), st.sampled_from("abcdefgh")),
+        st.lists(st.sampled_from("abcdefghxyz"), min_size=1, max_size=3),
+    )
+)
+def test_resolved_aliases_never_point_at_an_alias_and_resolve_to_themselves(aliases):
+    try:
+        resolved = resolve_aliases(aliases)
+    except ValueError:
+        return  # a circle: nothing else can be wrong with these
+    assert resolved.keys() == aliases.keys()
+    assert not {(field, target) for (field, _), targets in resolved.items() for target in targets} & resolved.keys()
+    assert resolve_aliases(resolved) == resolved
+
+
+@given(st.dictionaries(st.integers(0, 8), st.lists(st.integers(1, 4), min_size=1, max_size=3)))
+def test_aliases_that_only_go_forward_are_no_circle(steps):
+    aliases = {("f", f"w{at}"): [f"w{at + step}" for step in forward] for at, forward in steps.items()}
+    assert resolve_aliases(aliases).keys() == aliases.keys()
+
+
+def test_a_value_with_an_alias_gets_the_ids_of_what_it_stands_for_and_none_of_its_own():
+    vocab = ReVocab(["fit"], ALIASES)
+    ids = vocab.grow("fit", "LONG H-LINE BLAZER")
+    assert [vocab.word(word_id) for word_id in ids] == [("fit", "long"), ("fit", "h line"), ("fit", "blazer")]
+    assert vocab.grow("fit", "long h line blazer") == ids
+    assert vocab.id("fit", "long h line blazer") == UNKNOWN
+    assert vocab.ids({"fit": ["blazer", "long h line blazer", "oversized"]}) == [ids[2], ids[0], ids[1]]
+    assert vocab.words_of({"fit": ["over sized", "new", ""]}) == [("fit", "oversized"), ("fit", "new")]
+
+
+def test_grow_from_counts_a_product_once_for_all_spellings_of_a_word():
+    vocab = ReVocab(["fit"], ALIASES)
+    vocab.grow_from([product(1, "over sized", "oversized"), product(2, "long h line blazer"), product(3, "long")], 2)
+    assert vocab.words[FIRST_WORD:] == [("fit", "long")]
+
+
+def test_aliases_of_fields_that_left_the_schema_are_left_out():
+    assert ReVocab(["material"], ALIASES).aliases == {}
+
+
+def test_save_and_load_keep_the_aliases_and_a_file_without_them_loads(tmp_path):
+    vocab, path = ReVocab(["fit"], ALIASES), tmp_path / "re.json"
+    vocab.save(path)
+    assert ReVocab.load(path).aliases == vocab.aliases
+    path.write_text('{"fields": ["fit"], "words": [["fit", "long"]]}')
+    assert ReVocab.load(path).ids({"fit": ["long"]}) == [FIRST_WORD]
+    path.write_text('{"fields": ["fit"], "words": [], "aliases": [["fit", "a", ["a"]]]}')
+    with pytest.raises(ValueError, match=r"re\.json.*circle"):
+        ReVocab.load(path)
