@@ -32,10 +32,11 @@ from tqdm import tqdm
 
 import datasets.myntra
 from catalog import FeatureSchema, RawProduct
+from embedded_reader import EmbeddedReader
 from evaluate import Row, commit, save
-from extract_features import extract
+from extract_features import extract, make_reader
 from lexicon import Lexicon, LexiconFile, fold, plain_text, says
-from readers import EmbeddedReader, LexiconReader, ModelReader, Reader, ReaderSettings, make_reader
+from readers import LexiconReader, ModelReader, Reader, ReaderSettings
 from settings import UserError, run_script
 from store import Store
 from text_encoder import TextEncoder

@@ -7,24 +7,57 @@ words, and how sure.
     python extract_features.py --reader endpoint --extract-url http://127.0.0.1:8080/v1 --extract-model qwen2.5
     python extract_features.py --reader embedded            # after `make llm`
     python extract_features.py --reader endpoint --dry-run  # how many questions, tokens and how much money, without asking
+
+The answers of a model can be made on one machine and used on another: `--save-answers FILE` there, `--answers FILE` here. Those
+of the sample shop are in datasets/sample_shop_answers.jsonl.gz, made after `python import_data.py sample` by
+
+    python extract_features.py --reader embedded --extract-examples 0 --save-answers datasets/sample_shop_answers.jsonl.gz
 """
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TextIO
 
 import orjson
 from pydantic import Field
 from tqdm import tqdm
 
 from catalog import FeatureSchema, Product, RawProduct, Rejected
-from lexicon import BoundLexicon
-from readers import MODEL_READERS, Evidence, LexiconReader, Reader, ReaderSettings, Usage, digest, make_reader
+from embedded_reader import EmbeddedReader
+from endpoint_reader import EndpointReader
+from lexicon import BoundLexicon, Lexicon
+from readers import (
+    CACHE_KIND,
+    Answer,
+    Evidence,
+    LexiconReader,
+    Reader,
+    ReaderSettings,
+    Usage,
+    digest,
+)
 from settings import UserError, run_script
 from store import Store
+from store.cache import Cache
+
+MODEL_READERS: dict[str, type[EndpointReader] | type[EmbeddedReader]] = {
+    reader.name: reader for reader in (EndpointReader, EmbeddedReader)
+}
+
+
+def make_reader(settings: ReaderSettings, cache: Cache) -> Reader:
+    """The reader that the settings name. Raises UserError on a bad lexicon, or an endpoint that is not named."""
+    lexicon = Lexicon.load(settings.lexicon)
+    if settings.reader == LexiconReader.name:
+        return LexiconReader(lexicon)
+    return MODEL_READERS[settings.reader](lexicon, settings, cache)
 
 
 class ExtractOptions(ReaderSettings):
@@ -34,6 +67,12 @@ class ExtractOptions(ReaderSettings):
     limit: int | None = Field(None, ge=1, description="read at most this many products")
     only_new: bool = Field(False, description="only products that have no features yet")
     all: bool = Field(False, description="every product, read before or not")
+    answers: Path | None = Field(
+        None, description="a model's answers from another run (--save-answers), put into the cache first"
+    )
+    save_answers: Path | None = Field(
+        None, description="write every answer of the model that this run used to this file (.jsonl, .jsonl.gz)"
+    )
     dry_run: bool = Field(False, description="say what it would ask and cost, and do nothing")
 
 
@@ -189,6 +228,38 @@ def estimate_all(store: Store, reader: Reader, options: ExtractOptions) -> Usage
     return usage
 
 
+def load_answers(path: Path, cache: Cache) -> int:
+    """Put a file's answers into the cache; how many. Raises UserError, with the line, if it is no such file."""
+    count = 0
+    try:
+        with _opened(path, "rt") as file:
+            for line in file:
+                count += 1
+                row = orjson.loads(line)
+                cache.put_many(CACHE_KIND, {row["key"]: dict(row["value"])})
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; --answers names a file of answers") from error
+    except (ValueError, KeyError, TypeError, EOFError) as error:
+        raise UserError(
+            f"{path}: line {count} is no answer with its key ({error}); write it with --save-answers"
+        ) from error
+    return count
+
+
+def save_answers(path: Path, answers: Mapping[str, Answer]) -> None:
+    """The same answers give the same file, byte for byte."""
+    with _opened(path, "wt") as file:
+        for key in sorted(answers):
+            file.write(orjson.dumps({"key": key, "value": answers[key]}).decode() + "\n")
+
+
+def _opened(path: Path, mode: Literal["rt", "wt"]) -> TextIO:
+    if path.suffix != ".gz":
+        return path.open(mode, encoding="utf-8")
+    binary = gzip.GzipFile(path, mode[0] + "b", mtime=0)  # no time of writing in the file
+    return io.TextIOWrapper(binary, encoding="utf-8")
+
+
 def _due(
     store: Store, reader: Reader, options: ExtractOptions, schema: FeatureSchema
 ) -> Iterator[tuple[list[RawProduct], list[str], int]]:
@@ -226,11 +297,15 @@ def _is_due(origin: str | None, fingerprint: str, only_new: bool) -> bool:
 def main(options: ExtractOptions) -> None:
     with Store.open(options) as store:
         reader = make_reader(options, store.cache)
+        if options.answers is not None:
+            print(f"answers taken from {options.answers}: {load_answers(options.answers, store.cache):,}")
         if options.dry_run:
             print("would ask " + usage_line(estimate_all(store, reader, options), options))
             return
         summary = extract_all(store, reader, options)
         schema = store.schema()
+    if options.save_answers is not None:
+        save_answers(options.save_answers, reader.answers)
     print("\n".join(summary.lines([*schema.std, *schema.re])))
     if reader.name in MODEL_READERS:
         print(usage_line(reader.usage, options))

@@ -14,9 +14,10 @@ import pytest
 import embedded_llm
 from catalog import FeatureSchema, RawProduct
 from embedded_llm import EmbeddedServer, EmbeddedSettings, default_path, fetch, find
-from extract_features import extract
+from embedded_reader import EmbeddedReader
+from extract_features import extract, make_reader
 from lexicon import Lexicon, LexiconFile
-from readers import EmbeddedReader, ReaderSettings, make_reader
+from readers import ReaderSettings
 from settings import UserError
 from store import Store
 

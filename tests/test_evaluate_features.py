@@ -14,6 +14,7 @@ import pytest
 import evaluate
 import evaluate_features
 from catalog import FeatureSchema, RawProduct
+from embedded_reader import EmbeddedReader
 from evaluate_features import (
     FeatureEvaluation,
     Gold,
@@ -27,7 +28,7 @@ from evaluate_features import (
     titles,
 )
 from lexicon import Lexicon
-from readers import EmbeddedReader, LexiconReader, ReaderSettings
+from readers import LexiconReader, ReaderSettings
 from settings import UserError
 from text_encoder import TextEncoder
 

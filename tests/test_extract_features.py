@@ -18,9 +18,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catalog import FeatureSchema, Product, RawProduct
-from extract_features import ExtractOptions, estimate_all, extract, extract_all, extract_many, seller_values, usage_line
+from endpoint_reader import EndpointReader
+from extract_features import (
+    ExtractOptions,
+    estimate_all,
+    extract,
+    extract_all,
+    extract_many,
+    load_answers,
+    save_answers,
+    seller_values,
+    usage_line,
+)
 from lexicon import Lexicon, LexiconFile, plain_text, says
-from readers import EndpointReader, LexiconReader, ReaderSettings, Usage
+from readers import LexiconReader, ReaderSettings, Usage
 from settings import UserError
 from store import Store
 
@@ -776,6 +787,36 @@ def test_a_dry_run_asks_nothing_and_says_what_it_would_cost(puzzling_shop: Store
     extract_all(puzzling_shop, reader, options)
     usage = estimate_all(puzzling_shop, reader, options.model_copy(update={"all": True}))
     assert (usage.asked, usage.cached) == (0, 2)
+
+
+@pytest.mark.parametrize("name", ["answers.jsonl", "answers.jsonl.gz"])
+def test_answers_are_carried_to_another_machine(
+    puzzling_shop: Store, endpoint: Endpoint, reader: EndpointReader, tmp_path: Path, name: str
+):
+    endpoint.replies = [json.dumps({"material": [word]}) for word in ("moleskin", "moleskin")]
+    extract_all(puzzling_shop, reader, ExtractOptions())
+    file = tmp_path / name
+    save_answers(file, reader.answers)
+    written = file.read_bytes()
+    save_answers(file, reader.answers)
+    assert file.read_bytes() == written
+
+    puzzling_shop.cache.put_many("extract", {key: {"error": "", "answer": ""} for key in reader.answers})
+    assert load_answers(file, puzzling_shop.cache) == 2
+    elsewhere = EndpointReader(LEXICON, reader.settings, puzzling_shop.cache)
+    extract_all(puzzling_shop, elsewhere, ExtractOptions(all=True))
+    assert (elsewhere.usage.asked, elsewhere.usage.cached) == (0, 2)
+    assert elsewhere.answers == reader.answers
+
+
+@pytest.mark.parametrize("content", ["{", '{"key": "k"}', '{"key": "k", "value": 3}', "[]"])
+def test_a_file_that_holds_no_answers_is_named_with_the_line(store: Store, tmp_path: Path, content: str):
+    file = tmp_path / "answers.jsonl"
+    file.write_text('{"key": "k", "value": {}}\n' + content)
+    with pytest.raises(UserError, match=r"answers\.jsonl: line 2"):
+        load_answers(file, store.cache)
+    with pytest.raises(UserError, match="--answers"):
+        load_answers(tmp_path / "none.jsonl", store.cache)
 
 
 def test_sellers_values_are_what_a_reader_learns_from():

@@ -169,8 +169,10 @@ def test_the_last_coordinate_says_that_nothing_happened_yet():
 @given(
     hnp.arrays(np.int64, st.integers(0, 30), elements=st.integers(0, 4)),
     st.data(),
-    st.integers(-3 * 24, 40 * 24).map(lambda hours: hours / 24),
-    st.integers(1, 20 * 24).map(lambda hours: hours / 24),
+    st.integers(-3 * 4, 40 * 4).map(
+        lambda quarters: quarters / 4
+    ),  # of a day: exact as floats, so that no edge is a matter of rounding
+    st.integers(1, 20 * 4).map(lambda quarters: quarters / 4),
 )
 def test_counts_equal_plain_counting(item, data, as_of, days):
     at = np.array(data.draw(st.lists(st.integers(0, 30), min_size=len(item), max_size=len(item)))) * DAY
