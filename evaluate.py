@@ -2,6 +2,7 @@
 
     python evaluate.py hm-week FOLDER          # FOLDER: the H&M tables
     python evaluate.py rtr-warm FOLDER         # FOLDER: the Rent the Runway rentals; also rtr-cold
+    python evaluate.py sample-week             # the last week of the sample shop
     python evaluate.py page                    # docs/results.md from docs/results.json
 
 The database must hold the split's training events only (`import_data.py ... --until`); the test events are read from the files
@@ -15,7 +16,7 @@ import json
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from tqdm import tqdm
 
 import datasets.hm
 import datasets.rent_the_runway
+import datasets.sample_shop
 from baselines import BASELINES, PEER_SCRIPTS, Split, peer_lists
 from catalog import Rejected
 from recommender import Recommender, Request, UnavailableError
@@ -40,15 +42,18 @@ RETRIEVED = 100
 BOOTSTRAPS = 1000
 HM_CUT = datetime(2020, 9, 21, tzinfo=UTC)
 RTR_CUT = datetime(2017, 7, 1, tzinfo=UTC)
+SAMPLE_CUT = datetime(2026, 6, 23, tzinfo=UTC)
+SESSION = timedelta(hours=1)  # of the sample shop: what a shopper does within it belongs together
 RESULTS = Path("docs/results.json")
 STEPS = Path("docs/steps.json")  # written by run_split.py
 
 
 class EvaluateOptions(Settings):
-    what: CliPositionalArg[Literal["hm-week", "rtr-warm", "rtr-cold", "page"]] = Field(
+    what: CliPositionalArg[Literal["hm-week", "rtr-warm", "rtr-cold", "sample-week", "page"]] = Field(
         description="split to judge, or page"
     )
     folder: CliPositionalArg[Path | None] = Field(None, description="folder of the data set")
+    model: str = Field("styletower", description="what to call the release in the tables")
     baselines: bool = Field(True, description="measure the plain lines beside the release")
     peers: Path | None = Field(
         None, description="python of the environment of benchmarks/peers/requirements.txt: measure these libraries too"
@@ -107,6 +112,20 @@ def rtr_cases(path: Path, known: set[str], seen: dict[str, set[str]], warm: bool
         if (user_id in known) == warm and user_id not in cases and product_id not in seen.get(user_id, set()):
             cases[user_id] = Case(user_id, context, at.timestamp(), [product_id])
     return sorted(cases.values(), key=lambda case: case.user_id)
+
+
+def sample_cases(known: set[str], seen: dict[str, set[str]]) -> list[Case]:
+    """sample-week: what shoppers with a history met in their first session after the cut, and had not met before."""
+    events = _events(datasets.sample_shop.read(None)).filter(pl.col("at") >= SAMPLE_CUT).sort("at", "user_id")
+    first: dict[str, tuple[str, datetime]] = {}
+    met: dict[str, dict[str, None]] = {}
+    for user_id, product_id, at, context in events.select("user_id", "product_id", "at", "context").iter_rows():
+        _, start = first.setdefault(user_id, (context, at))
+        if user_id in known and at < start + SESSION and product_id not in seen.get(user_id, set()):
+            met.setdefault(user_id, {})[product_id] = None
+    return [
+        Case(user, first[user][0], first[user][1].timestamp(), sorted(targets)) for user, targets in sorted(met.items())
+    ]
 
 
 def _events(source: datasets.Source) -> pl.DataFrame:
@@ -173,10 +192,10 @@ def main(options: EvaluateOptions) -> None:
             raise UserError(f"there is no {RESULTS} here yet; judge a split first")
         write_page(json.loads(RESULTS.read_text(encoding="utf-8")))
         return
-    if options.folder is None:
+    if options.folder is None and options.what != "sample-week":
         raise UserError(f"{options.what} needs the folder of the data set")
     torch.set_num_threads(1)  # one small forward a request: more threads only wait for each other
-    cut, short = (HM_CUT, 12) if options.what == "hm-week" else (RTR_CUT, 10)
+    cut, short = {"hm-week": (HM_CUT, 12), "sample-week": (SAMPLE_CUT, 10)}.get(options.what, (RTR_CUT, 10))
     with Store.open(options) as store:
         split = _training_side(store, cut)
         known = set(split.histories.user_ids)
@@ -184,7 +203,9 @@ def main(options: EvaluateOptions) -> None:
             user_id: {split.product_ids[item] for item in split.items_of(user_id)}
             for user_id in split.histories.user_ids
         }
-        if options.what == "hm-week":
+        if options.folder is None:
+            cases = sample_cases(known, seen)
+        elif options.what == "hm-week":
             cases = hm_cases(options.folder, known, seen)
         else:
             cases = rtr_cases(options.folder, known, seen, warm=options.what == "rtr-warm")
@@ -209,8 +230,8 @@ def main(options: EvaluateOptions) -> None:
                 raise UserError("the database did not answer in time; run this again when the machine is less busy")
             reranked.append([item.product_id for item in answer.items])
             retrieved.append([item.product_id for item in sorted(answer.items, key=lambda item: item.retrieval_rank)])
-        lists["styletower", "retrieval"] = retrieved
-        lists["styletower", "reranked"] = reranked
+        lists[options.model, "retrieval"] = retrieved
+        lists[options.model, "reranked"] = reranked
         if options.baselines:
             for name, score in BASELINES.items():
                 found = _baseline_lists(split, cases, score)
@@ -222,7 +243,9 @@ def main(options: EvaluateOptions) -> None:
                 if found is not None:
                     lists[name, "retrieval"] = found
 
-    command = f"python evaluate.py {options.what} FOLDER"
+    command = f"python evaluate.py {options.what}" + (" FOLDER" if options.folder else "")
+    if options.model != "styletower":
+        command += f" --model '{options.model}'"
     rows = [
         Row(options.what, model, stage, metric, part, float(value), float(low), float(high), n, commit(), command)
         for (model, stage), ranked in lists.items()
@@ -293,7 +316,8 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         "",
         "Made by `python evaluate.py page` from `results.json` (every figure, with its 95 % bootstrap interval, commit and",
         "command) and `steps.json`. Run it again with `make results HM=folder RTR=folder`; the features of products with",
-        "`python evaluate_features.py myntra FOLDER`.",
+        "`python evaluate_features.py SET FOLDER`; what features are worth to the lists with `python run_split.py sample-lexicon`",
+        "and its like.",
     ]
     for split in dict.fromkeys(row["split"] for row in rows):
         own = [row for row in rows if row["split"] == split]
@@ -312,13 +336,15 @@ def write_page(rows: list[dict[str, Any]]) -> None:
             "|---|---|" + "---|" * len(columns),
         ]
         lines_of = {(row["model"], row["stage"]) for row in own}
-        ours_last = sorted(lines_of, key=lambda pair: (pair[0] == "styletower", pair[0], pair[1] == "reranked"))
+        ours_last = sorted(
+            lines_of, key=lambda pair: (pair[0].startswith("styletower"), pair[0], pair[1] == "reranked")
+        )
         for model, stage in ours_last:
             cells = []
             for column in columns:
                 row = figure.get((model, stage, column))
                 cells.append("" if row is None else f"{row['value']:.4f} [{row['low']:.4f}, {row['high']:.4f}]")
-            name = f"**{model}**" if model == "styletower" else model
+            name = f"**{model}**" if model.startswith("styletower") else model
             lines.append(f"| {name} | {stage} | " + " | ".join(cells) + " |")
         targets = {row["slice"]: row["n"] for row in own if row["metric"] == f"recall@{RETRIEVED}"}
         counts = [f"{targets[part]} ({part})" for part in ("all", "warm", "cold") if part in targets]
@@ -340,7 +366,7 @@ def write_page(rows: list[dict[str, Any]]) -> None:
 
 def _features_section(split: str, rows: list[dict[str, Any]]) -> list[str]:
     """What readers of product text find (evaluate_features.py): F1 of each field, one table for each text they were given."""
-    lines = ["", f"## {split}"]
+    lines = ["", f"## {split}: features read from text"]
     for stage, read in (("title", "the title alone"), ("full", "title and description")):
         own = [row for row in rows if row["stage"] == stage]
         if not own:
@@ -352,17 +378,18 @@ def _features_section(split: str, rows: list[dict[str, Any]]) -> list[str]:
             "",
             f"F1 of the features read from {read}, {products} products; in brackets under a field, the products that have it.",
             "",
-            "| reader | " + " | ".join(fields) + " | seconds a product |",
-            "|---|" + "---|" * (len(fields) + 1),
+            "| reader | " + " | ".join(fields) + " | precision | recall | seconds a product |",
+            "|---|" + "---|" * (len(fields) + 3),
         ]
         models = list(dict.fromkeys(row["model"] for row in own))
         having = [str(figure[models[0], "f1", field]["n"]) for field in fields]
-        lines.append("| | " + " | ".join(f"({count})" for count in having) + " | |")
+        lines.append("| | " + " | ".join(f"({count})" for count in having) + " | | | |")
         for model in models:
             cells = [f"{figure[model, 'f1', field]['value']:.3f}" for field in fields]
             overall = figure[model, "f1", "micro"]
             cells[0] += f" [{overall['low']:.3f}, {overall['high']:.3f}]"
-            lines.append(f"| {model} | " + " | ".join(cells) + f" | {figure[model, 'seconds', 'micro']['value']:.3f} |")
+            cells += [f"{figure[model, metric, 'micro']['value']:.3f}" for metric in ("precision", "recall", "seconds")]
+            lines.append(f"| {model} | " + " | ".join(cells) + " |")
     return lines
 
 

@@ -262,9 +262,8 @@ def lines_of(options: FeatureEvaluation, gold: Gold, store: Store) -> dict[str, 
     else:
         lexicon, label = Lexicon(LexiconFile(fields={})), "no lexicon"
         lines["values of other products"] = by_typed_words(gold.others)
-    if options.reader != LexiconReader.name:
-        reader = make_reader(options, store.cache)
-        assert isinstance(reader, ModelReader)
+    reader = make_reader(options, store.cache)
+    if isinstance(reader, ModelReader):
         reader.lexicon = lexicon
         if options.learn:
             reader.learn(gold.others)

@@ -40,6 +40,7 @@ from readers import (
     LexiconReader,
     Reader,
     ReaderSettings,
+    SellerReader,
     Usage,
     digest,
 )
@@ -47,6 +48,9 @@ from settings import UserError, run_script
 from store import Store
 from store.cache import Cache
 
+PLAIN_READERS: dict[str, type[SellerReader] | type[LexiconReader]] = {
+    reader.name: reader for reader in (SellerReader, LexiconReader)
+}
 MODEL_READERS: dict[str, type[EndpointReader] | type[EmbeddedReader]] = {
     reader.name: reader for reader in (EndpointReader, EmbeddedReader)
 }
@@ -55,8 +59,8 @@ MODEL_READERS: dict[str, type[EndpointReader] | type[EmbeddedReader]] = {
 def make_reader(settings: ReaderSettings, cache: Cache) -> Reader:
     """The reader that the settings name. Raises UserError on a bad lexicon, or an endpoint that is not named."""
     lexicon = Lexicon.load(settings.lexicon)
-    if settings.reader == LexiconReader.name:
-        return LexiconReader(lexicon)
+    if settings.reader in PLAIN_READERS:
+        return PLAIN_READERS[settings.reader](lexicon)
     return MODEL_READERS[settings.reader](lexicon, settings, cache)
 
 
@@ -291,7 +295,7 @@ def _is_due(origin: str | None, fingerprint: str, only_new: bool) -> bool:
     """`origin` None: never read. An origin that no reader wrote: the features came with an import and are kept."""
     if origin is None or only_new:
         return origin is None
-    return origin != fingerprint and origin.partition(":")[0] in (LexiconReader.name, *MODEL_READERS)
+    return origin != fingerprint and origin.partition(":")[0] in (*PLAIN_READERS, *MODEL_READERS)
 
 
 def main(options: ExtractOptions) -> None:

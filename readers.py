@@ -40,8 +40,8 @@ UNSAID = frozenset({"", "none", "null", "n a", "na", "unknown", "unspecified", "
 class ReaderSettings(EmbeddedSettings):
     """Which reader fills what the seller left open, and how to reach a model."""
 
-    reader: Literal["lexicon", "endpoint", "embedded"] = Field(
-        "lexicon", description="who reads titles and descriptions"
+    reader: Literal["seller", "lexicon", "endpoint", "embedded"] = Field(
+        "lexicon", description="who reads titles and descriptions; seller: nobody, attributes alone count"
     )
     lexicon: Path = Field(Path(__file__).with_name("lexicon.json"), description="the words of the shop's features")
     extract_url: str = Field("", description="OpenAI-compatible endpoint, such as http://127.0.0.1:8080/v1")
@@ -125,6 +125,28 @@ class Reader(Protocol):
         ...
 
 
+class SellerReader:
+    """Reads nothing: what sellers typed into attributes is all there is. The measure of what reading is worth."""
+
+    name = "seller"
+    batch = 500
+
+    def __init__(self, lexicon: Lexicon) -> None:
+        self.lexicon = lexicon  # of what sellers call fields and values
+        self.identity = f"{self.name}/{lexicon.digest}"
+        self.usage = Usage()
+        self.answers: dict[str, Answer] = {}
+
+    def learn(self, products: Iterable[tuple[RawProduct, Known]]) -> None:
+        """There is nothing to learn for."""
+
+    def read(self, raws: Sequence[RawProduct], known: Sequence[Known], schema: FeatureSchema) -> list[Reading]:
+        return [Reading({}) for _ in raws]
+
+    def estimate(self, raws: Sequence[RawProduct], known: Sequence[Known], schema: FeatureSchema) -> Usage:
+        return Usage()
+
+
 class LexiconReader:
     """Finds the lexicon's words in title and description. Thousands of products a second, nothing leaves the machine."""
 
@@ -191,7 +213,6 @@ class ModelReader:
         self.answers: dict[str, Answer] = {}
         self.settings = settings
         self.identity = f"{self.name}/{PROMPT_VERSION}/{model}/{settings.extract_confidence}/{lexicon.digest}"
-        self._by_words = LexiconReader(lexicon)
         self._cache = cache
         self.neighbours = Neighbours(())
 
@@ -199,7 +220,7 @@ class ModelReader:
         self.neighbours = Neighbours(products)
 
     def read(self, raws: Sequence[RawProduct], known: Sequence[Known], schema: FeatureSchema) -> list[Reading]:
-        readings = self._by_words.read(raws, known, schema)
+        readings = LexiconReader(self.lexicon).read(raws, known, schema)
         questions = self._questions(raws, known, readings, schema)
         keys = [self._cache_key(question, schema) for question in questions]
         answers = self._cached(questions, keys)
@@ -219,7 +240,7 @@ class ModelReader:
         return readings
 
     def estimate(self, raws: Sequence[RawProduct], known: Sequence[Known], schema: FeatureSchema) -> Usage:
-        questions = self._questions(raws, known, self._by_words.read(raws, known, schema), schema)
+        questions = self._questions(raws, known, LexiconReader(self.lexicon).read(raws, known, schema), schema)
         keys = [self._cache_key(question, schema) for question in questions]
         answers = self._cached(questions, keys)
         usage = Usage(cached=sum(key in answers for key in keys))

@@ -2,6 +2,8 @@
 
     python run_split.py hm-week FOLDER
     python run_split.py rtr FOLDER             # one system, judged on rtr-warm and rtr-cold
+    python run_split.py sample-lexicon         # the sample shop with features by its lexicon; also sample-seller, sample-embedded
+    python run_split.py hm-seller FOLDER       # H&M with its sellers' attributes alone
 
 Everything lies in its own database and releases under DATA_DIR/<split>, so a shop's own are never touched. Trainings and
 indexes that are done are not done again: a stopped run goes on where it was (`--fresh` starts over).
@@ -27,16 +29,45 @@ from settings import Settings, UserError, run_script
 STEPS = Path("docs/steps.json")
 
 # Chosen on the held-out days before each cut (train_user.py's validation), never on the test days.
-PIPELINES: dict[str, list[list[str]]] = {
-    "hm-week": [
+SELLER = ["extract_features.py", "--reader", "seller"]
+SELLER_NAME = "styletower, sellers' attributes alone"
+
+
+def _hm(extract: list[str], *evaluate: str) -> list[list[str]]:
+    return [
         ["import_data.py", "hm", "{folder}", "--until", "2020-09-21"],
-        ["extract_features.py"],
+        extract,
         ["train_simcse.py", "--release", "split", "--epochs", "2"],
         ["train_user.py", "--release", "split", "--epochs", "3"],
         ["train_reranker.py", "--release", "split"],
         ["build_index.py", "--release", "split"],
-        ["evaluate.py", "hm-week", "{folder}"],
-    ],
+        ["evaluate.py", "hm-week", "{folder}", *evaluate],
+    ]
+
+
+def _sample(extract: list[str], name: str) -> list[list[str]]:
+    """The sample shop's last week, trained as `make demo` does, with features by one reader."""
+    return [
+        ["import_data.py", "sample", "--until", "2026-06-23"],
+        extract,
+        ["train_simcse.py", "--release", "split", "--epochs", "6", "--batch-size", "256"],
+        ["train_user.py", "--release", "split", "--epochs", "3", "--learning-rate", "0.002", "--history", "20"],
+        ["train_reranker.py", "--release", "split"],
+        ["build_index.py", "--release", "split"],
+        ["evaluate.py", "sample-week", "--model", name],
+    ]
+
+
+PIPELINES: dict[str, list[list[str]]] = {
+    "hm-week": _hm(["extract_features.py"]),
+    "hm-seller": _hm(SELLER, "--no-baselines", "--model", SELLER_NAME),
+    "sample-seller": _sample(SELLER, SELLER_NAME),
+    "sample-lexicon": _sample(["extract_features.py"], "styletower, features by the lexicon"),
+    "sample-embedded": _sample(
+        ["extract_features.py", "--reader", "embedded", "--extract-examples", "0"]
+        + ["--answers", "datasets/sample_shop_answers.jsonl.gz"],
+        "styletower, features by the embedded model",
+    ),
     "rtr": [
         ["import_data.py", "rent-the-runway", "{folder}", "--until", "2017-07-01"],
         ["extract_features.py"],
@@ -72,13 +103,18 @@ CATCHING_UP = ("import_data.py", "extract_features.py")
 
 
 class SplitOptions(Settings):
-    split: CliPositionalArg[Literal["hm-week", "rtr"]] = Field(description="split to run")
-    folder: CliPositionalArg[Path] = Field(description="folder of the data set")
+    split: CliPositionalArg[
+        Literal["hm-week", "rtr", "hm-seller", "sample-seller", "sample-lexicon", "sample-embedded"]
+    ] = Field(description="split to run")
+    folder: CliPositionalArg[Path | None] = Field(
+        None, description="folder of the data set; the sample shop needs none"
+    )
     fresh: bool = Field(False, description="start over, from an empty database")
 
 
 def main(options: SplitOptions) -> None:
-    if not options.folder.is_dir():
+    needs_folder = any("{folder}" in step for step in PIPELINES[options.split])
+    if needs_folder and (options.folder is None or not options.folder.is_dir()):
         raise UserError(f"{options.folder} is not a folder; give the one that holds the data set's files")
     home = options.data_dir / options.split
     models = home / "saved_models"
