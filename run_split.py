@@ -30,6 +30,8 @@ STEPS = Path("docs/steps.json")
 
 # Chosen on the held-out days before each cut (train_user.py's validation), never on the test days.
 SELLER = ["extract_features.py", "--reader", "seller"]
+EMBEDDED = ["extract_features.py", "--reader", "embedded", "--extract-examples", "0"]
+EMBEDDED += ["--answers", "datasets/sample_shop_answers.jsonl.gz"]
 SELLER_NAME = "styletower, sellers' attributes alone"
 
 
@@ -63,11 +65,7 @@ PIPELINES: dict[str, list[list[str]]] = {
     "hm-seller": _hm(SELLER, "--no-baselines", "--model", SELLER_NAME),
     "sample-seller": _sample(SELLER, SELLER_NAME),
     "sample-lexicon": _sample(["extract_features.py"], "styletower, features by the lexicon"),
-    "sample-embedded": _sample(
-        ["extract_features.py", "--reader", "embedded", "--extract-examples", "0"]
-        + ["--answers", "datasets/sample_shop_answers.jsonl.gz"],
-        "styletower, features by the embedded model",
-    ),
+    "sample-embedded": _sample(EMBEDDED, "styletower, features by the embedded model"),
     "rtr": [
         ["import_data.py", "rent-the-runway", "{folder}", "--until", "2017-07-01"],
         ["extract_features.py"],

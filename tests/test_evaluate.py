@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -18,10 +18,12 @@ from sklearn.metrics import ndcg_score
 import evaluate
 import import_data
 from catalog import Event, Product
-from datasets import hm
+from datasets import Source, hm, sample_shop
+from datasets.events import event_frame
 from evaluate import (
     HM_CUT,
     RTR_CUT,
+    SAMPLE_CUT,
     Case,
     EvaluateOptions,
     Row,
@@ -29,6 +31,7 @@ from evaluate import (
     hm_cases,
     measure,
     rtr_cases,
+    sample_cases,
     save,
     write_page,
 )
@@ -45,6 +48,22 @@ def case(user_id: str, *targets: str) -> Case:
 def ranked(position: int) -> list[str]:
     """Strangers, with the item "z" at this position (from 0)."""
     return [*(f"x{number}" for number in range(position)), "z"]
+
+
+# --- cases
+
+
+def test_sample_week_asks_for_what_is_new_in_the_first_session_after_the_cut(monkeypatch):
+    def event(user: str, product: str, hours: float, context: str = "") -> Event:
+        return Event(user_id=user, product_id=product, at=SAMPLE_CUT + timedelta(hours=hours), context=context)
+
+    log = [
+        event("u", "old", -1), event("u", "b", 2, "gym"), event("u", "a", 2.5, "gym"), event("u", "old", 2.6, "gym"),
+        event("u", "late", 3), event("v", "old", 1), event("stranger", "a", 1),
+    ]  # fmt: skip
+    monkeypatch.setattr(sample_shop, "read", lambda path: Source(events=[event_frame(log)]))
+    at = (SAMPLE_CUT + timedelta(hours=2)).timestamp()
+    assert sample_cases({"u", "v"}, {"u": {"old"}, "v": {"old"}}) == [Case("u", "gym", at, ["a", "b"])]
 
 
 # --- metrics

@@ -31,7 +31,7 @@ from extract_features import (
     usage_line,
 )
 from lexicon import Lexicon, LexiconFile, plain_text, says
-from readers import LexiconReader, ReaderSettings, Usage
+from readers import LexiconReader, ReaderSettings, SellerReader, Usage
 from settings import UserError
 from store import Store
 
@@ -129,6 +129,12 @@ def test_the_seller_goes_before_the_text_and_open_values_are_normalised():
 def test_a_finer_value_goes_to_the_broader_one_that_the_schema_has():
     assert read("Maroon hoodie")["category"] == ["sweatshirt"]
     assert read("Maroon hoodie")["colour"] == ["red"]
+
+
+def test_the_reader_seller_takes_attributes_alone():
+    found = extract(raw("Red linen dress", category=["dress"], colour=["mauve"]), SCHEMA, SellerReader(LEXICON))
+    assert (found.product.std, found.product.re) == ({"category": ["dress"]}, {})
+    assert [row.reason for row in found.rejected] == ["colour: the schema does not allow this value"]
 
 
 # --- the lexicon in running text --------------------------------------------------------------------------------------

@@ -106,3 +106,12 @@ def test_a_folder_that_is_not_there_is_named_before_anything_starts(run, tmp_pat
     assert (code, ran) == (2, [])
     assert said.startswith("run_split.py: rentals is not a folder")
     assert not (tmp_path / "data").exists()
+
+
+def test_the_sample_shop_needs_no_folder(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(run_split.PIPELINES, "sample-lexicon", [["import_data.py", "sample"], ["evaluate.py"]])
+    monkeypatch.setattr(sys, "argv", ["run_split.py", "sample-lexicon", "--data-dir", "data"])
+    (tmp_path / "log").write_text("")
+    run_script(SplitOptions, main)
+    assert (tmp_path / "log").read_text().splitlines() == ["import sample", "evaluate"]
+    assert noted(tmp_path) == [("sample-lexicon", "import_data.py sample"), ("sample-lexicon", "evaluate.py")]
