@@ -378,17 +378,19 @@ def _features_section(split: str, rows: list[dict[str, Any]]) -> list[str]:
             "",
             f"F1 of the features read from {read}, {products} products; in brackets under a field, the products that have it.",
             "",
-            "| reader | " + " | ".join(fields) + " | precision | recall | seconds a product |",
-            "|---|" + "---|" * (len(fields) + 3),
+            "| reader | " + " | ".join(fields) + " | precision | recall | seconds a product | cost a product |",
+            "|---|" + "---|" * (len(fields) + 4),
         ]
         models = list(dict.fromkeys(row["model"] for row in own))
         having = [str(figure[models[0], "f1", field]["n"]) for field in fields]
-        lines.append("| | " + " | ".join(f"({count})" for count in having) + " | | | |")
+        lines.append("| | " + " | ".join(f"({count})" for count in having) + " | | | | |")
         for model in models:
             cells = [f"{figure[model, 'f1', field]['value']:.3f}" for field in fields]
             overall = figure[model, "f1", "micro"]
             cells[0] += f" [{overall['low']:.3f}, {overall['high']:.3f}]"
             cells += [f"{figure[model, metric, 'micro']['value']:.3f}" for metric in ("precision", "recall", "seconds")]
+            cost = figure.get((model, "cost", "micro"))
+            cells.append(f"{cost['value']:.6f}" if cost else "")
             lines.append(f"| {model} | " + " | ".join(cells) + " |")
     return lines
 

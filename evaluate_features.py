@@ -221,8 +221,10 @@ def measures(totals: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def rows_of(said: list[Values], gold: Gold, options: FeatureEvaluation, model: str, seconds: float) -> list[Row]:
-    """Every figure of one line, with 95 % of bootstrap resamples over products."""
+def rows_of(
+    said: list[Values], gold: Gold, options: FeatureEvaluation, model: str, seconds: float, cost: float = 0.0
+) -> list[Row]:
+    """Every figure of one line, with 95 % of bootstrap resamples over products; seconds and money a product."""
     stage = options.text if options.what == "myntra" else "title"
     command = f"python evaluate_features.py {options.what} FOLDER --text {stage} --reader {options.reader}"
     if not options.learn:
@@ -243,12 +245,13 @@ def rows_of(said: list[Values], gold: Gold, options: FeatureEvaluation, model: s
         for metric, value in values.items():
             low, high = np.quantile(resampled[metric], [0.025, 0.975])
             rows.append(row(metric, name, float(value), low, high, judged))
-    a_product = seconds / len(said)
-    rows.append(row("seconds", MICRO, a_product, a_product, a_product, len(said)))
+    for metric, total in (("seconds", seconds), ("cost", cost)):
+        a_product = total / len(said)
+        rows.append(row(metric, MICRO, a_product, a_product, a_product, len(said)))
     return rows
 
 
-def lines_of(options: FeatureEvaluation, gold: Gold, store: Store) -> dict[str, Line]:
+def lines_of(options: FeatureEvaluation, gold: Gold, store: Store, reader: Reader) -> dict[str, Line]:
     """The plain lines and the reader, by the name that the table gives each."""
     lines: dict[str, Line] = {"most frequent value": lambda raw, schema: gold.most_frequent}
     if options.what == "myntra":
@@ -262,7 +265,6 @@ def lines_of(options: FeatureEvaluation, gold: Gold, store: Store) -> dict[str, 
     else:
         lexicon, label = Lexicon(LexiconFile(fields={})), "no lexicon"
         lines["values of other products"] = by_typed_words(gold.others)
-    reader = make_reader(options, store.cache)
     if isinstance(reader, ModelReader):
         reader.lexicon = lexicon
         if options.learn:
@@ -277,14 +279,17 @@ def main(options: FeatureEvaluation) -> None:
     gold = myntra(options) if options.what == "myntra" else titles(options)
     rows = []
     with Store.open(options) as store:  # the readers' answers are cached there
-        for model, read in lines_of(options, gold, store).items():
+        reader = make_reader(options, store.cache)
+        for model, read in lines_of(options, gold, store, reader).items():
             read(gold.raws[0], gold.asked[0])  # whatever is prepared once is not a product's time
+            before = reader.usage.cost(options)
             started = time.perf_counter()
             shown = tqdm(
                 zip(gold.raws, gold.asked, strict=True), desc=model, unit="product", total=len(gold.raws), leave=False
             )
             said = [read(raw, schema) for raw, schema in shown]
-            rows += rows_of(said, gold, options, model, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            rows += rows_of(said, gold, options, model, seconds, reader.usage.cost(options) - before)
     for row in rows:
         if row.metric == "f1" or row.slice == MICRO:
             print(

@@ -102,7 +102,7 @@ def test_the_lexicon_is_right_about_plain_words_and_the_figures_say_so(folder: P
     gold = myntra(asked)
     read = by_reader(LexiconReader(Lexicon.load(ROOT / "lexicon.json")))
     said = [read(raw, schema) for raw, schema in zip(gold.raws, gold.asked, strict=True)]
-    rows = rows_of(said, gold, asked, "lexicon", 2.0)
+    rows = rows_of(said, gold, asked, "lexicon", 2.0, cost=0.5)
     value = {(row.metric, row.slice): row for row in rows}
     for field in ("colour", "category", "gender", "fabric"):
         assert value["f1", field].value == 1.0
@@ -111,12 +111,13 @@ def test_the_lexicon_is_right_about_plain_words_and_the_figures_say_so(folder: P
     assert 0 < value["recall", "micro"].low <= value["recall", "micro"].value <= value["recall", "micro"].high < 1
     assert value["f1", "sleeve_length"].n == 12
     assert value["seconds", "micro"].value == 0.1
+    assert value["cost", "micro"].value == 0.025
 
     evaluate.save(rows)
     page = (tmp_path / "docs" / "results.md").read_text()
     assert "read from title and description, 20 products" in page
     line = next(line for line in page.splitlines() if line.startswith("| lexicon |"))
-    assert line.endswith("| 0.100 |")
+    assert line.endswith("| 0.100 | 0.025000 |")
 
 
 def test_nearest_in_meaning_chooses_one_value_of_each_field(folder: Path, new_shop):

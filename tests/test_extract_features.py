@@ -496,8 +496,8 @@ def test_whether_a_text_says_a_value(text: str, value: str, said: bool):
 
 def test_the_nearest_products_with_sellers_values_are_shown_as_examples(endpoint: Endpoint, reader: EndpointReader):
     others = [
-        (raw("Sailor's striped summer shirt", product_id="near"), {"colour": ["navy"]}),
-        (raw("Ski boots", product_id="far"), {"colour": ["black"]}),
+        (raw("Sailor's shirt", product_id="near"), {"colour": ["navy"]}),
+        (raw("Sailor's heavy winter boots", product_id="far"), {"colour": ["black"]}),
         (raw("Sailor's dress", product_id="silent"), {}),
         (SAILOR, {"category": ["dress"]}),  # itself is no example
     ]
@@ -506,8 +506,8 @@ def test_the_nearest_products_with_sellers_values_are_shown_as_examples(endpoint
     extract(SAILOR, SMALL, reader)
     _, *turns, _ = endpoint.requests[0]["messages"]
     assert [turn["role"] for turn in turns] == ["user", "assistant"] * 2
-    assert "Ski boots" in turns[0]["content"]
-    assert "summer shirt" in turns[2]["content"]  # the nearest last
+    assert "winter boots" in turns[0]["content"]
+    assert "Sailor's shirt" in turns[2]["content"]  # the nearest last
     assert turns[3]["content"] == '{"colour": ["navy"]}'
 
 
