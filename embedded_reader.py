@@ -29,7 +29,7 @@ class EmbeddedReader(ModelReader):
 
     name = "embedded"
     batch = 10
-    description_length = 1_200  # a hundred characters cost a CPU a third of a second
+    description_length = 600  # a hundred characters cost a CPU a third of a second
     knows_words = False  # the default model takes eggshell for brown: such words wait in quarantine for the lexicon
 
     def __init__(self, lexicon: Lexicon, settings: ReaderSettings, cache: Cache) -> None:
