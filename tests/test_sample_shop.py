@@ -18,9 +18,8 @@ from datasets.events import EVENT_SCHEMA
 from datasets.sample_shop import NOW, SampleShop, context_utility, generate, read
 from datasets.sample_shop_words import CONTEXTS, UNLISTED, WORDS
 from embedded_reader import EmbeddedReader
-from extract_features import load_answers, seller_values
+from extract_features import ExtractOptions, estimate_all, load_answers
 from lexicon import Lexicon
-from readers import ReaderSettings
 from store import Store
 
 ROOT = Path(__file__).parents[1]
@@ -319,11 +318,12 @@ def test_read_hands_the_importer_the_data_but_not_the_truth(shop: SampleShop):
 def test_every_question_about_the_shop_is_answered_by_the_file_beside_it(shop: SampleShop, store: Store):
     """What `make demo` needs to do without the language model; after a change to a prompt, the lexicon or the shop, the command in
     extract_features.py makes the file anew."""
-    settings = ReaderSettings(reader="embedded", extract_examples=0)
-    reader = EmbeddedReader(Lexicon.load(settings.lexicon), settings, store.cache)
+    with store.importing("sample") as batch:
+        batch.schema(shop.schema)
+        batch.products(shop.products)
+    options = ExtractOptions(reader="embedded", extract_examples=0)
+    reader = EmbeddedReader(Lexicon.load(options.lexicon), options, store.cache)
     answers = load_answers(ROOT / "datasets" / "sample_shop_answers.jsonl.gz", store.cache)
-    reader.learn(seller_values(shop.products, reader.lexicon.bind(shop.schema)))
-    known = [values for _, values in seller_values(shop.products, reader.lexicon.bind(shop.schema))]
-    usage = reader.estimate(shop.products, known, shop.schema)
+    usage = estimate_all(store, reader, options)
     assert (usage.asked, usage.cached) == (0, answers)
     assert answers > 1000
