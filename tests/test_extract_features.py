@@ -637,10 +637,18 @@ def test_tokens_and_money_are_counted(endpoint: Endpoint, store: Store):
     assert "200 + 20 tokens, cost 0.00" in usage_line(reader.usage, settings)
 
 
-def test_server_errors_are_tried_again(endpoint: Endpoint, reader: EndpointReader):
-    endpoint.replies = [500, 503, GOOD]
+def test_rate_limits_and_server_errors_are_tried_again(endpoint: Endpoint, reader: EndpointReader):
+    endpoint.replies = [429, 503, GOOD]
     assert extract(SAILOR, SMALL, reader).product.std["colour"] == ["navy"]
     assert len(endpoint.requests) == 3
+
+
+def test_an_endpoint_that_never_answers_is_left_in_time(endpoint: Endpoint, store: Store):
+    endpoint.gate = threading.Barrier(2)  # nobody else comes
+    settings = ReaderSettings(extract_url=endpoint.url, extract_model="m", extract_timeout=0.2, extract_retries=0)
+    with pytest.raises(UserError, match=r"timed out.*run again to go on"):
+        extract(SAILOR, SMALL, EndpointReader(LEXICON, settings, store.cache))
+    endpoint.gate.abort()
 
 
 def test_a_second_run_asks_nothing(endpoint: Endpoint, reader: EndpointReader):
