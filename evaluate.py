@@ -388,9 +388,9 @@ def _features_section(split: str, rows: list[dict[str, Any]]) -> list[str]:
             cells = [f"{figure[model, 'f1', field]['value']:.3f}" for field in fields]
             overall = figure[model, "f1", "micro"]
             cells[0] += f" [{overall['low']:.3f}, {overall['high']:.3f}]"
-            cells += [f"{figure[model, metric, 'micro']['value']:.3f}" for metric in ("precision", "recall", "seconds")]
-            cost = figure.get((model, "cost", "micro"))
-            cells.append(f"{cost['value']:.6f}" if cost else "")
+            for metric, form in (("precision", ".3f"), ("recall", ".3f"), ("seconds", ".3f"), ("cost", ".6f")):
+                row = figure.get((model, metric, "micro"))
+                cells.append(format(row["value"], form) if row else "")
             lines.append(f"| {model} | " + " | ".join(cells) + " |")
     return lines
 

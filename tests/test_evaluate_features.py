@@ -102,7 +102,7 @@ def test_the_lexicon_is_right_about_plain_words_and_the_figures_say_so(folder: P
     gold = myntra(asked)
     read = by_reader(LexiconReader(Lexicon.load(ROOT / "lexicon.json")))
     said = [read(raw, schema) for raw, schema in zip(gold.raws, gold.asked, strict=True)]
-    rows = rows_of(said, gold, asked, "lexicon", 2.0, cost=0.5)
+    rows = rows_of(said, gold, asked, "lexicon", [0.05, 0.15], cost=0.5)
     value = {(row.metric, row.slice): row for row in rows}
     for field in ("colour", "category", "gender", "fabric"):
         assert value["f1", field].value == 1.0
