@@ -152,9 +152,10 @@ class EmbeddedServer:
         self._client = httpx.Client(base_url=self._server.listening_address, timeout=None)
         self.tokens = lru_cache(100_000)(self._tokens)  # the same field names and values come with every product
 
-    def render(self, messages: list[dict[str, str]]) -> str:
+    def render(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
         """Messages as the model's chat template writes them, up to where its answer begins."""
-        return str(self._post("/apply-template", {"messages": messages})["prompt"])
+        # Past the cache: a prompt comes once, and a hundred thousand of them would fill the memory.
+        return self._tokens(str(self._post("/apply-template", {"messages": messages})["prompt"]))
 
     def _tokens(self, text: str) -> tuple[int, ...]:
         return tuple(self._post("/tokenize", {"content": text, "parse_special": True})["tokens"])

@@ -85,7 +85,7 @@ class EmbeddedReader(ModelReader):
             messages += [{"role": "user", "content": self._shown(raw)}, {"role": "assistant", "content": filled}]
         messages.append({"role": "user", "content": self._shown(question.raw)})
         known = [f"{name}: {', '.join(said)}\n" for name, said in question.known.items() if name not in question.open]
-        prompt = [*server.tokens(server.render(messages)), *server.tokens("".join(known))]
+        prompt = [*server.render(messages), *server.tokens("".join(known))]
         closed = {
             name: self._weigh([*prompt, *server.tokens(f"{name}:")], schema.std[name]) for name in question.closed
         }

@@ -32,10 +32,10 @@ from tqdm import tqdm
 
 import datasets.myntra
 from catalog import FeatureSchema, RawProduct
-from embedded_reader import EmbeddedReader
 from evaluate import Row, commit, save
 from extract_features import extract, make_reader
 from lexicon import Lexicon, LexiconFile, fold, plain_text, says
+from neighbours import Neighbours
 from readers import LexiconReader, ModelReader, Reader, ReaderSettings
 from settings import UserError, run_script
 from store import Store
@@ -154,14 +154,14 @@ def by_reader(reader: Reader) -> Line:
     return read
 
 
-def by_catalogue(reader: ModelReader) -> Line:
+def by_catalogue(lexicon: Lexicon, neighbours: Neighbours) -> Line:
     """What a reader knows before it asks its model: lexicon and the other products' votes."""
 
     def read(raw: RawProduct, schema: FeatureSchema) -> Values:
-        (reading,) = LexiconReader(reader.lexicon).read([raw], [{}], schema)
+        (reading,) = LexiconReader(lexicon).read([raw], [{}], schema)
         values = {name: [one.value for one in said] for name, said in reading.found.items()}
         for name in schema.std:
-            votes = reader.neighbours.votes(raw, name)
+            votes = neighbours.votes(raw, name)
             if name not in values and votes:
                 values[name] = [max(votes, key=lambda value: votes[value])]
         return values
@@ -228,6 +228,7 @@ def rows_of(
     the money of all, a product."""
     stage = options.text if options.what == "myntra" else "title"
     command = f"python evaluate_features.py {options.what} FOLDER --text {stage} --reader {options.reader}"
+    command += f" --products {options.products} --extract-examples {options.extract_examples}"
     if not options.learn:
         command += " --no-learn"
     now = commit()
@@ -253,16 +254,14 @@ def rows_of(
     return rows
 
 
-def lines_of(options: FeatureEvaluation, gold: Gold, store: Store, reader: Reader) -> dict[str, Line]:
+def lines_of(options: FeatureEvaluation, gold: Gold, reader: Reader) -> dict[str, Line]:
     """The plain lines and the reader, by the name that the table gives each."""
     lines: dict[str, Line] = {"most frequent value": lambda raw, schema: gold.most_frequent}
     if options.what == "myntra":
         lexicon = Lexicon.load(options.lexicon)
         lines["lexicon"] = by_reader(LexiconReader(lexicon))
         lines["nearest in meaning"] = by_meaning(TextEncoder.load(options), gold.asked[0])
-        other = EmbeddedReader(lexicon, options, store.cache)  # which is not asked
-        other.learn(gold.others)
-        lines["lexicon + other products"] = by_catalogue(other)
+        lines["lexicon + other products"] = by_catalogue(lexicon, Neighbours(gold.others))
         label = "lexicon"
     else:
         lexicon, label = Lexicon(LexiconFile(fields={})), "no lexicon"
@@ -282,7 +281,7 @@ def main(options: FeatureEvaluation) -> None:
     rows = []
     with Store.open(options) as store:  # the readers' answers are cached there
         reader = make_reader(options, store.cache)
-        for model, read in lines_of(options, gold, store, reader).items():
+        for model, read in lines_of(options, gold, reader).items():
             read(gold.raws[0], gold.asked[0])  # whatever is prepared once is not a product's time
             before = reader.usage.cost(options)
             said, seconds = [], []

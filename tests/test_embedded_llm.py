@@ -97,8 +97,8 @@ class Letters:
         self.likely, self.lines = likely, lines  # by the end of the prompt
         self.prompts: list[str] = []
 
-    def render(self, messages: list[dict[str, str]]) -> str:
-        return "\n".join(message["content"] for message in messages) + "\n"
+    def render(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
+        return self.tokens("\n".join(message["content"] for message in messages) + "\n")
 
     def tokens(self, text: str) -> tuple[int, ...]:
         return tuple(map(ord, text))

@@ -14,7 +14,6 @@ import pytest
 import evaluate
 import evaluate_features
 from catalog import FeatureSchema, RawProduct
-from embedded_reader import EmbeddedReader
 from evaluate_features import (
     FeatureEvaluation,
     Gold,
@@ -28,7 +27,8 @@ from evaluate_features import (
     titles,
 )
 from lexicon import Lexicon
-from readers import LexiconReader, ReaderSettings
+from neighbours import Neighbours
+from readers import LexiconReader
 from settings import UserError
 from text_encoder import TextEncoder
 
@@ -130,11 +130,10 @@ def test_nearest_in_meaning_chooses_one_value_of_each_field(folder: Path, new_sh
     assert {name: len(values) for name, values in said.items()} == dict.fromkeys(schema.std, 1)
 
 
-def test_the_other_products_fill_what_the_lexicon_leaves_open(folder: Path, store):
+def test_the_other_products_fill_what_the_lexicon_leaves_open(folder: Path):
     gold = myntra(options(folder, products=15, text="title"))
-    reader = EmbeddedReader(Lexicon.load(ROOT / "lexicon.json"), ReaderSettings(), store.cache)
-    reader.learn(gold.others)
-    said = by_catalogue(reader)(RawProduct(product_id="1", title="Acme Women Red Dresses"), gold.asked[0])
+    read = by_catalogue(Lexicon.load(ROOT / "lexicon.json"), Neighbours(gold.others))
+    said = read(RawProduct(product_id="1", title="Acme Women Red Dresses"), gold.asked[0])
     assert said["colour"] == ["Red"]  # by the lexicon
     assert said["season"] == ["Summer"]  # no word of it
 
