@@ -103,17 +103,13 @@ def ease(split: Split) -> Score | None:
 
 
 def content(popularity_weight: float, split: Split, group_weight: float = 0.0) -> Score | None:
-    """TF-IDF of titles and words with attribute one-hots, mean of the history, plus weighted log popularity; and, if
-    weighted, the item's group as one more attribute."""
+    """Mean cosine to the items of the history by `content_vectors`, plus weighted log popularity; and, if weighted, the item's
+    group as one more attribute."""
     if group_weight and not any(split.groups):
         return None
-    documents = [" ".join([p.title, *(v for values in p.re.values() for v in values)]) for p in split.products]
-    attributes = [[f"{field}={v}" for field, values in p.std.items() for v in values] for p in split.products]
-    if len({tuple(row) for row in attributes}) < len(split.products) // 100:
+    if len({tuple(row) for row in _attributes(split.products)}) < len(split.products) // 100:
         return None  # products that hardly differ on paper
-    words = _columns(documents, min_df=2, sublinear_tf=True)
-    columns = _columns(attributes, analyzer=lambda row: row, use_idf=False)
-    vectors = normalize(scipy.sparse.hstack([words, columns]).tocsr())
+    vectors = content_vectors(split.products)
     if group_weight:
         own = [[group] if group else [] for group in split.groups]
         group_columns = _columns(own, analyzer=lambda row: row, use_idf=False)
@@ -129,12 +125,24 @@ def content(popularity_weight: float, split: Split, group_weight: float = 0.0) -
     return score
 
 
+def content_vectors(products: Sequence[Product]) -> scipy.sparse.csr_matrix:
+    """TF-IDF of titles and words with attribute one-hots: [N, W], rows of length 1, or 0 for a product that says nothing."""
+    documents = [" ".join([p.title, *(v for values in p.re.values() for v in values)]) for p in products]
+    words = _columns(documents, min_df=2, sublinear_tf=True)
+    columns = _columns(_attributes(products), analyzer=lambda row: row, use_idf=False)
+    return normalize(scipy.sparse.hstack([words, columns]).tocsr())
+
+
+def _attributes(products: Sequence[Product]) -> list[list[str]]:
+    return [[f"{field}={v}" for field, values in p.std.items() for v in values] for p in products]
+
+
 def _columns(rows: Sequence[Any], **options: Any) -> scipy.sparse.csr_matrix:
-    """TF-IDF of what each row holds: [N, words]; no columns when the rows hold nothing that counts."""
+    """TF-IDF of what each row holds: [N, words]; one column of zeros when the rows hold nothing that counts."""
     try:
         return TfidfVectorizer(**options).fit_transform(rows)
     except ValueError:  # its word for an empty vocabulary
-        return scipy.sparse.csr_matrix((len(rows), 0))
+        return scipy.sparse.csr_matrix((len(rows), 1))
 
 
 BASELINES: dict[str, Callable[[Split], Score | None]] = {

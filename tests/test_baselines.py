@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import baselines
-from baselines import BASELINES, EASE_REGULARISATION, Split, content, ease, item_knn, peer_lists
+from baselines import BASELINES, EASE_REGULARISATION, Split, content, content_vectors, ease, item_knn, peer_lists
 from catalog import Product
 from evaluate import Case, _baseline_lists
 from settings import UserError
@@ -131,6 +131,17 @@ def test_ease_is_left_out_where_its_matrix_would_not_fit(five, monkeypatch):
 def test_content_is_left_out_where_products_hardly_differ_on_paper():
     products = [Product(product_id=str(item), title="gown", std={"category": ["gown"]}) for item in range(200)]
     assert content(0.0, split_of([("u1", "0", 1)], products)) is None
+
+
+def test_content_vectors_are_alike_where_products_are(five):
+    cosine = (content_vectors(five.products) @ content_vectors(five.products).T).toarray()
+    # Nothing is known of the hat: no word of it is on two products.
+    np.testing.assert_allclose(np.diag(cosine), [1, 1, 1, 1, 0])
+    assert 0.5 < cosine[0, 1] < 1.0  # the same dress, but for "party"
+    assert 0.0 < cosine[1, 3] < cosine[0, 1]  # which is all that the second coat shares with it
+    assert cosine[0, 2] == 0.0
+    silent = [Product(product_id=str(number), title="") for number in range(3)]
+    assert content_vectors(silent).nnz == 0
 
 
 def test_other_colours_of_what_was_taken_come_first_by_their_group():
