@@ -32,11 +32,11 @@ from tqdm import tqdm
 
 import datasets.myntra
 from catalog import FeatureSchema, RawProduct
-from evaluate import Row, commit, save
 from extract_features import extract, make_reader
 from lexicon import Lexicon, LexiconFile, fold, plain_text, says
 from neighbours import Neighbours
 from readers import LexiconReader, ModelReader, Reader, ReaderSettings
+from results import Row, commit, save
 from settings import UserError, run_script
 from store import Store
 from text_encoder import TextEncoder

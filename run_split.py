@@ -24,9 +24,8 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 from release import Release
+from results import STEPS
 from settings import Settings, UserError, run_script
-
-STEPS = Path("docs/steps.json")
 
 # Chosen on the held-out days before each cut (train_user.py's validation), never on the test days.
 SELLER = ["extract_features.py", "--reader", "seller"]

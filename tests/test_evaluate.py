@@ -1,4 +1,4 @@
-"""Figures known by hand: who is judged on a split, the metrics, their bounds, and what is written of them."""
+"""Who is judged on a split, what the release and the plain lines are asked, and the rows that come of it."""
 
 from __future__ import annotations
 
@@ -9,46 +9,17 @@ from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import ClassVar
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from sklearn.metrics import ndcg_score
 
 import evaluate
 import import_data
 from catalog import Event, Product
 from datasets import Source, hm, sample_shop
 from datasets.events import event_frame
-from evaluate import (
-    HM_CUT,
-    RTR_CUT,
-    SAMPLE_CUT,
-    Case,
-    EvaluateOptions,
-    Row,
-    figures,
-    hm_cases,
-    measure,
-    rtr_cases,
-    sample_cases,
-    save,
-    write_page,
-)
+from evaluate import HM_CUT, RTR_CUT, SAMPLE_CUT, Case, EvaluateOptions, hm_cases, rtr_cases, sample_cases
 from recommender import Recommender
 from settings import run_script
 from tests.test_import_sources import article, bought, rental, write_csv, write_lines
-from train_reranker import ndcg
-
-
-def case(user_id: str, *targets: str) -> Case:
-    return Case(user_id, "", 0.0, list(targets))
-
-
-def ranked(position: int) -> list[str]:
-    """Strangers, with the item "z" at this position (from 0)."""
-    return [*(f"x{number}" for number in range(position)), "z"]
-
 
 # --- cases
 
@@ -64,72 +35,6 @@ def test_sample_week_asks_for_what_is_new_in_the_first_session_after_the_cut(mon
     monkeypatch.setattr(sample_shop, "read", lambda path: Source(events=[event_frame(log)]))
     at = (SAMPLE_CUT + timedelta(hours=2)).timestamp()
     assert sample_cases({"u", "v"}, {"u": {"old"}, "v": {"old"}}) == [Case("u", "gym", at, ["a", "b"])]
-
-
-# --- metrics
-
-SECOND = 1 / math.log2(3)  # what a hit in second place gains
-
-
-def test_metrics_of_lists_known_by_hand():
-    cases = [case("u1", "a", "b", "c"), case("u2", "b"), case("u3", "z"), case("u4", "z")]
-    lists = [["x", "a", "b"], ["b"], ranked(99), ranked(100)]
-    found = {
-        (metric, part): (value, n) for metric, part, value, _, _, n in figures(measure(lists, cases, {"a", "c"}, 2), 2)
-    }
-    assert found == {
-        ("recall@100", "all"): (4 / 6, 6),  # all but "c", and u4's "z" in place 101
-        ("recall@100", "warm"): (1 / 2, 2),  # "a" of "a" and "c"
-        ("recall@100", "cold"): (3 / 4, 4),
-        ("recall@2", "all"): (pytest.approx((1 / 3 + 1) / 4), 4),  # a mean over shoppers
-        # Three targets: two places could have been filled.
-        ("ndcg@2", "all"): (pytest.approx((SECOND / (1 + SECOND) + 1) / 4), 4),
-    }
-
-
-def test_a_slice_without_targets_has_no_figure():
-    found = figures(measure([["a"]], [case("u1", "a")], {"a"}, 10), 10)
-    assert {(metric, part) for metric, part, *_ in found} == {
-        ("recall@100", "all"), ("recall@100", "warm"), ("recall@10", "all"), ("ndcg@10", "all"),
-    }  # fmt: skip
-
-
-def shuffles(count: int):
-    """A ranking of so many items, and which of them are relevant."""
-    return st.tuples(st.permutations(range(count)), st.sets(st.integers(0, count - 1), min_size=1))
-
-
-@given(st.integers(2, 40).flatmap(shuffles), st.integers(1, 20))
-def test_ndcg_is_scikit_learns_here_and_in_the_rerankers_training(ranking, short):
-    order, relevant = ranking
-    relevance, score = np.zeros(len(order)), np.empty(len(order))
-    relevance[list(relevant)] = 1.0
-    score[list(order)] = np.arange(len(order), 0, -1)
-    expected = ndcg_score([relevance], [score], k=short)
-    measured = measure([[str(item) for item in order]], [case("u", *map(str, relevant))], set(), short)
-    assert measured.ndcg_short[0] == pytest.approx(expected)
-    in_order = relevance[list(order)].astype(bool)[None]
-    assert ndcg(in_order, np.array([len(relevant)]), short)[0] == pytest.approx(expected)
-
-
-def test_bounds_are_those_of_a_mean_over_shoppers_and_the_same_each_time():
-    cases = [case(f"u{number}", "z") for number in range(400)]
-    measured = measure([ranked(0 if number % 2 else 200) for number in range(400)], cases, set(), 10)
-    found = figures(measured, 10)
-    assert found == figures(measured, 10)
-    for _, _, value, low, high, _ in found:
-        assert value == 0.5
-        # A mean of 400 coins: its standard error is 0.5 / 20.
-        assert (low, high) == pytest.approx((0.5 - 1.96 * 0.025, 0.5 + 1.96 * 0.025), abs=0.01)
-
-
-@given(st.lists(st.tuples(st.integers(0, 120), st.booleans()), min_size=1, max_size=30))
-def test_bounds_hold_the_value(shoppers):
-    """Even where a slice is so rare that many resamples miss it."""
-    cases = [case(f"u{number}", "z" if warm else "x0") for number, (_, warm) in enumerate(shoppers)]
-    for _, _, value, low, high, _ in figures(measure([ranked(place) for place, _ in shoppers], cases, {"z"}, 10), 10):
-        assert low <= value + 1e-9
-        assert value - 1e-9 <= high
 
 
 # --- who is judged, and on what
@@ -242,23 +147,48 @@ def test_the_script_judges_both_stages_and_the_plain_lines(judge, hm_folder):
     rows = json.loads((hm_folder / "docs/results.json").read_text())
     found = {(row["model"], row["stage"], row["metric"], row["slice"]): (row["value"], row["n"]) for row in rows}
     # c1 took C, which nobody had before: second in both lists. c2 took D: third, then first.
-    third = 1 / math.log2(4)
-    assert found["styletower", "retrieval", "ndcg@12", "all"] == (pytest.approx((SECOND + third) / 2), 2)
-    assert found["styletower", "reranked", "ndcg@12", "all"] == (pytest.approx((SECOND + 1) / 2), 2)
+    second, third = 1 / math.log2(3), 1 / math.log2(4)
+    assert found["styletower", "retrieval", "ndcg@12", "all"] == (pytest.approx((second + third) / 2), 2)
+    assert found["styletower", "reranked", "ndcg@12", "all"] == (pytest.approx((second + 1) / 2), 2)
     for part, n in (("all", 2), ("warm", 1), ("cold", 1)):
         assert found["styletower", "retrieval", "recall@100", part] == (1.0, n)
     # A, B and D were taken once each: without A, c1 is offered B, D, C; without B, c2 is offered A, D, C.
-    assert found["popularity", "retrieval", "ndcg@12", "all"] == (pytest.approx((third + SECOND) / 2), 2)
-    assert {row["model"] for row in rows} == {"styletower", *evaluate.BASELINES}
+    assert found["popularity", "retrieval", "ndcg@12", "all"] == (pytest.approx((third + second) / 2), 2)
+    assert found["popularity", "retrieval", "ndcg@12", "history 1-2"] == (pytest.approx((third + second) / 2), 2)
+    # Of three shoppers one each met A, B and D, and none C; the release never offers A.
+    assert found["styletower", "retrieval", "novelty@10", "all"][0] == pytest.approx(
+        (2 * math.log2(2) + math.log2(4)) / 3
+    )
+    assert found["styletower", "retrieval", "popularity@10", "all"][0] == pytest.approx((2 / 3 + 2 / 3 + 0) / 3)
+    assert found["styletower", "retrieval", "coverage@10", "all"] == (3 / 4, 2)
+    assert found["popularity", "retrieval", "coverage@10", "all"] == (1.0, 2)
+    assert found["popularity", "retrieval", "diversity@10", "all"][0] == pytest.approx(0.0)  # four parkas
 
-    page = (hm_folder / "docs/results.md").read_text()
-    assert all(f"{row['value']:.4f} [{row['low']:.4f}, {row['high']:.4f}]" in page for row in rows)
-    assert "Targets: 2 (all), 1 (warm), 1 (cold)." in page
+    against = {name: found[name] for name in found if " against " in name[0]}
+    reranking = ("styletower reranked against its retrieval", "reranked")
+    assert against[*reranking, "ndcg@12 difference", "all"] == (pytest.approx((1 - third) / 2), 2)
+    assert against[*reranking, "ndcg@12 p", "all"] == (1.0, 2)  # one shopper whose sign does not matter
+    reranked = ("styletower against popularity", "reranked")
+    assert against[*reranked, "ndcg@12 difference", "all"] == (pytest.approx((1 - third) / 2), 2)
+    assert against[*reranked, "recall@100 difference", "all"] == (0.0, 2)
+    assert {row["model"] for row in rows} - {name[0] for name in against} == {"styletower", *evaluate.BASELINES}
+    assert {name[0] for name in against if name[1] == "retrieval"} == {
+        f"styletower against {name}" for name in evaluate.BASELINES
+    }
 
-    written = {file.name: file.read_bytes() for file in (hm_folder / "docs").iterdir()}
+    def written():
+        return {file: file.read_bytes() for file in (hm_folder / "docs").rglob("*.*")}
+
+    before = written()
+    assert {file.name for file in before} == {
+        "results.json",
+        "results.md",
+        "hm-week-recall.svg",
+        "hm-week-warm-cold.svg",
+    }
     assert judge("hm-week", ".")[0] == 0
     assert judge("page")[0] == 0
-    assert {file.name: file.read_bytes() for file in (hm_folder / "docs").iterdir()} == written
+    assert written() == before
 
 
 def test_a_limited_run_writes_nothing(judge, hm_folder):
@@ -302,34 +232,3 @@ def test_the_folder_and_the_results_must_be_there(judge):
     """The folder is not taken from the environment, which always has a PATH."""
     assert judge("rtr-cold") == (2, "evaluate.py: rtr-cold needs the folder of the data set\n")
     assert judge("page") == (2, "evaluate.py: there is no docs/results.json here yet; judge a split first\n")
-
-
-def row(split: str, model: str, value: float, part: str = "all", metric: str = "recall@100") -> Row:
-    return Row(split, model, "retrieval", metric, part, value, value - 0.01, value + 0.01, 7, "c0ffee", "python")
-
-
-def test_saving_replaces_the_rows_of_the_same_split_and_model_only(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save([row("hm-week", "EASE", 0.1), row("hm-week", "EASE", 0.2, "cold"), row("hm-week", "popularity", 0.3)])
-    save([row("rtr-warm", "EASE", 0.4)])
-    save([row("hm-week", "EASE", 0.5)])
-    rows = json.loads((tmp_path / "docs/results.json").read_text())
-    assert [(row["split"], row["model"], row["value"]) for row in rows] == [
-        ("hm-week", "EASE", 0.5), ("hm-week", "popularity", 0.3), ("rtr-warm", "EASE", 0.4),
-    ]  # fmt: skip
-
-
-def test_the_page_leaves_a_missing_figure_empty(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    ours = [row("rtr-cold", "styletower", 0.5), row("rtr-cold", "styletower", 0.125, "cold")]
-    save([row("rtr-cold", "popularity", 0.25), *ours])
-    page = (tmp_path / "docs/results.md").read_text()
-    table = [line for line in page.splitlines() if line.startswith("|")]
-    assert table == [
-        "| model | stage | recall@100 all | recall@100 cold |",
-        "|---|---|---|---|",
-        "| popularity | retrieval | 0.2500 [0.2400, 0.2600] |  |",
-        "| **styletower** | retrieval | 0.5000 [0.4900, 0.5100] | 0.1250 [0.1150, 0.1350] |",
-    ]
-    write_page([])
-    assert "|" not in (tmp_path / "docs/results.md").read_text()

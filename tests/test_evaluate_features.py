@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import evaluate
 import evaluate_features
+import results
 from catalog import FeatureSchema, RawProduct
 from evaluate_features import (
     FeatureEvaluation,
@@ -96,8 +96,8 @@ def test_counts_and_measures_by_hand():
 
 
 def test_the_lexicon_is_right_about_plain_words_and_the_figures_say_so(folder: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(evaluate, "RESULTS", tmp_path / "docs" / "results.json")
-    monkeypatch.setattr(evaluate, "STEPS", tmp_path / "docs" / "steps.json")
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "docs" / "results.json")
+    monkeypatch.setattr(results, "STEPS", tmp_path / "docs" / "steps.json")
     asked = options(folder)
     gold = myntra(asked)
     read = by_reader(LexiconReader(Lexicon.load(ROOT / "lexicon.json")))
@@ -113,7 +113,7 @@ def test_the_lexicon_is_right_about_plain_words_and_the_figures_say_so(folder: P
     assert value["seconds", "micro"].value == 0.1
     assert value["cost", "micro"].value == 0.025
 
-    evaluate.save(rows)
+    results.save(rows)
     page = (tmp_path / "docs" / "results.md").read_text()
     assert "read from title and description, 20 products" in page
     line = next(line for line in page.splitlines() if line.startswith("| lexicon |"))

@@ -1,0 +1,211 @@
+"""docs/results.json, one row a figure, and the page and charts that are drawn from it.
+
+`evaluate.py` and `evaluate_features.py` save rows; a comparison of two models is a row of its own (`is_comparison`).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from charts import draw_charts, lines_of
+from metrics import HISTORIES, RETRIEVED, TOP
+
+RESULTS = Path("docs/results.json")
+STEPS = Path("docs/steps.json")  # written by run_split.py
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of docs/results.json."""
+
+    split: str
+    model: str
+    stage: str  # "retrieval" or "reranked"; of a features row, what was read
+    metric: str  # as in metrics.py
+    slice: str
+    value: float
+    low: float
+    high: float
+    n: int  # targets for recall@100, shoppers for the others, products for features
+    commit: str
+    command: str
+
+
+def short_of(split: str) -> int:
+    """The length of a short list: 12 on H&M, whose competition judged so many, else 10."""
+    return 12 if split == "hm-week" else 10
+
+
+def is_comparison(metric: str) -> bool:
+    """Whether a row's value is the difference of two models, or the p of one."""
+    return metric.endswith((" difference", " p"))
+
+
+def commit() -> str:
+    """The commit of this checkout, "unknown" outside of one."""
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def save(rows: list[Row]) -> None:
+    """Replace these models' rows on their split and stage in docs/results.json, their comparisons too, and draw the page anew."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    old = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
+    replaced = {(row.split, _subject(row.model), row.stage) for row in rows}
+    kept = [row for row in old if (row["split"], _subject(row["model"]), row["stage"]) not in replaced]
+    every = sorted(kept + [asdict(row) for row in rows], key=lambda row: (row["split"], row["model"], row["stage"]))
+    RESULTS.write_text(json.dumps(every, indent=1) + "\n", encoding="utf-8")
+    write_page(every)
+
+
+def _subject(model: str) -> str:
+    """Whose figures a row's are: those of "EASE" are EASE's; those of "styletower against EASE" are styletower's."""
+    return model.partition(" against ")[0].removesuffix(" reranked")
+
+
+def write_page(rows: list[dict[str, Any]]) -> None:
+    """docs/results.md and docs/charts from the rows of docs/results.json and docs/steps.json."""
+    lines = [
+        "# Results",
+        "",
+        "Made by `python evaluate.py page` from `results.json` (every figure, with its 95 % bootstrap interval, commit and",
+        "command) and `steps.json`; `metrics.py` says what each metric is. Run it again with `make results HM=folder RTR=folder`;",
+        "the features of products with `python evaluate_features.py SET FOLDER`; what features are worth to the lists with",
+        "`python run_split.py sample-lexicon` and its like.",
+    ]
+    charts = draw_charts([row for row in rows if not is_comparison(row["metric"])], RESULTS.parent / "charts")
+    for split in dict.fromkeys(row["split"] for row in rows):
+        own = [row for row in rows if row["split"] == split]
+        if any(row["metric"] == "f1" for row in own):
+            lines += _features_section(split, own)
+            continue
+        lines += ["", f"## {split}"]
+        plain = [row for row in own if not is_comparison(row["metric"])]
+        lines += _lists_section(plain, short_of(split))
+        for name, says in charts.get(split, {}).items():
+            lines += ["", f"![{says}](charts/{name})"]
+        lines += _beyond_section(plain, short_of(split))
+        lines += _comparisons_section([row for row in own if is_comparison(row["metric"])])
+    if STEPS.exists():
+        lines += [
+            "",
+            "## Time and memory of each step",
+            "",
+            "| split | step | seconds | peak MB |",
+            "|---|---|---|---|",
+        ]
+        lines += [
+            f"| {row['split']} | `{row['step']}` | {row['seconds']:.0f} | {row['megabytes']} |"
+            for row in json.loads(STEPS.read_text(encoding="utf-8"))
+        ]
+    RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _lists_section(rows: list[dict[str, Any]], short: int) -> list[str]:
+    """Whether lists hold what was taken: recall of candidates, and the short list."""
+    recall = f"recall@{RETRIEVED}"
+    columns = [
+        (recall, "all"),
+        (recall, "warm"),
+        (recall, "cold"),
+        (f"ndcg@{short}", "all"),
+        (f"recall@{short}", "all"),
+    ]
+    targets = {row["slice"]: row["n"] for row in rows if row["metric"] == recall}
+    counts = [f"{targets[part]} ({part})" for part in ("all", "warm", "cold") if part in targets]
+    return [*_table(rows, columns, bounds=True), "", "Targets: " + ", ".join(counts) + "."]
+
+
+def _beyond_section(rows: list[dict[str, Any]], short: int) -> list[str]:
+    """What else the lists are, and for whom they work."""
+    columns = [("mrr", "all")]
+    columns += [(f"{name}@{TOP}", "all") for name in ("hit", "coverage", "novelty", "diversity", "popularity")]
+    columns += [(metric, part) for metric in (f"recall@{RETRIEVED}", f"ndcg@{short}") for part in HISTORIES]
+    table = _table(rows, columns, bounds=False)
+    if not table:
+        return []
+    shoppers = {
+        row["slice"]: row["n"] for row in rows if row["metric"] == f"ndcg@{short}" and row["slice"] in HISTORIES
+    }
+    counts = ", ".join(f"{shoppers[part]} ({part})" for part in HISTORIES if part in shoppers)
+    says = "Beyond accuracy, and who it serves; history is the distinct items of a shopper's training events."
+    return ["", says, *table, *(["", f"Shoppers: {counts}."] if counts else [])]
+
+
+def _table(rows: list[dict[str, Any]], columns: Sequence[tuple[str, str]], bounds: bool) -> list[str]:
+    """A line a model and stage, without the columns that nobody has a figure for; nothing when that leaves none."""
+    figure = {(row["model"], row["stage"], row["metric"], row["slice"]): row for row in rows}
+    columns = [column for column in columns if any(key[2:] == column for key in figure)]
+    if not columns:
+        return []
+    names = [f"{metric} {part}" for metric, part in columns]
+    lines = ["", "| model | stage | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(columns)]
+    for model, stage in lines_of(rows):
+        cells = []
+        for column in columns:
+            row = figure.get((model, stage, *column))
+            cell = "" if row is None else f"{row['value']:.4f}"
+            cells.append(f"{cell} [{row['low']:.4f}, {row['high']:.4f}]" if row and bounds else cell)
+        name = f"**{model}**" if model.startswith("styletower") else model
+        lines.append(f"| {name} | {stage} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _comparisons_section(rows: list[dict[str, Any]]) -> list[str]:
+    """Differences of models on the same shoppers, with interval and p."""
+    if not rows:
+        return []
+    figure = {(row["model"], row["stage"], row["metric"]): row for row in rows}
+    metrics = list(dict.fromkeys(row["metric"].removesuffix(" difference").removesuffix(" p") for row in rows))
+    lines = [
+        "",
+        "Differences on the same shoppers, with 95 % of a paired bootstrap, and p of a randomisation test, each by itself:",
+        "it is not corrected for the number of comparisons.",
+        "",
+        "| comparison | stage | " + " | ".join(f"{metric} difference | p" for metric in metrics) + " |",
+        "|---|---|" + "---|---|" * len(metrics),
+    ]
+    for model, stage in dict.fromkeys((row["model"], row["stage"]) for row in rows):
+        cells = []
+        for metric in metrics:
+            row, p = figure.get((model, stage, f"{metric} difference")), figure.get((model, stage, f"{metric} p"))
+            cells.append("" if row is None else f"{row['value']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]")
+            cells.append("" if p is None else f"{p['value']:.4f}")
+        lines.append(f"| {model} | {stage} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _features_section(split: str, rows: list[dict[str, Any]]) -> list[str]:
+    """What readers of product text find (evaluate_features.py): F1 of each field, one table for each text they were given."""
+    lines = ["", f"## {split}: features read from text"]
+    for stage, read in (("title", "the title alone"), ("full", "title and description")):
+        own = [row for row in rows if row["stage"] == stage]
+        if not own:
+            continue
+        figure = {(row["model"], row["metric"], row["slice"]): row for row in own}
+        fields = sorted(dict.fromkeys(row["slice"] for row in own), key=lambda field: field != "micro")
+        products = max(row["n"] for row in own)
+        lines += [
+            "",
+            f"F1 of the features read from {read}, {products} products; in brackets under a field, the products that have it.",
+            "",
+            "| reader | " + " | ".join(fields) + " | precision | recall | seconds a product | cost a product |",
+            "|---|" + "---|" * (len(fields) + 4),
+        ]
+        models = list(dict.fromkeys(row["model"] for row in own))
+        having = [str(figure[models[0], "f1", field]["n"]) for field in fields]
+        lines.append("| | " + " | ".join(f"({count})" for count in having) + " | | | | |")
+        for model in models:
+            cells = [f"{figure[model, 'f1', field]['value']:.3f}" for field in fields]
+            overall = figure[model, "f1", "micro"]
+            cells[0] += f" [{overall['low']:.3f}, {overall['high']:.3f}]"
+            for metric, form in (("precision", ".3f"), ("recall", ".3f"), ("seconds", ".3f"), ("cost", ".6f")):
+                row = figure.get((model, metric, "micro"))
+                cells.append(format(row["value"], form) if row else "")
+            lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    return lines
