@@ -19,7 +19,7 @@ from pydantic_settings import CliPositionalArg
 from tqdm import tqdm
 
 from catalog import Rejected
-from datasets import Source, aihub, hm, jsonl, myntra, rent_the_runway, sample_shop
+from datasets import Source, aihub, hm, jsonl, myntra, rent_the_runway, s3rec, sample_shop
 from settings import Settings, UserError, run_script
 from store import ImportReport, ImportSession, Store
 
@@ -30,6 +30,7 @@ READERS: dict[str, Callable[[Path | None], Source]] = {
     "rent-the-runway": rent_the_runway.read,
     "myntra": myntra.read,
     "aihub": aihub.read,
+    "s3rec": s3rec.read,
 }
 SHOWN_REASONS = 20  # lines of the report; the quarantine table holds all
 
@@ -39,7 +40,7 @@ Row = TypeVar("Row")
 class ImportOptions(Settings):
     """Import a shop's products, shoppers and events into the database. Twice is the same as once."""
 
-    source: CliPositionalArg[Literal["sample", "jsonl", "hm", "rent-the-runway", "myntra", "aihub"]] = Field(
+    source: CliPositionalArg[Literal["sample", "jsonl", "hm", "rent-the-runway", "myntra", "aihub", "s3rec"]] = Field(
         description="what to import: the built-in sample shop, your own files (jsonl) or a public data set"
     )
     folder: CliPositionalArg[Path | None] = Field(None, description="where its files are; see docs/data.md")

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catalog import Event, FeatureSchema, RawProduct, Rejected, User
-from datasets import aihub, hm, jsonl, myntra, rent_the_runway
+from datasets import aihub, hm, jsonl, myntra, rent_the_runway, s3rec
 from datasets.events import event_frame
 from settings import UserError
 from vocab import normalise
@@ -637,6 +637,66 @@ def test_aihub_bad_rows_are_reported_once(tmp_path):
 def test_aihub_missing_is_named_with_its_origin(tmp_path):
     with pytest.raises(UserError, match=r"has no products\.jsonl .*AI-Hub"):
         aihub.read(tmp_path)
+
+
+# --- S3-Rec
+
+
+def s3rec_folder(folder: Path, sequences: list[str], attributes) -> Path:
+    (folder / "Beauty.txt").write_text("".join(f"{line}\n" for line in sequences))
+    (folder / "Beauty_item2attributes.json").write_text(json.dumps(attributes))
+    return folder
+
+
+def test_s3rec_sequences_end_on_one_day_in_their_order(tmp_path):
+    source = s3rec.read(s3rec_folder(tmp_path, ["1 5 3 4", "2 3"], {"3": [7], "4": [7], "5": [7]}))
+    assert events(source) == [
+        ("1", "3", "purchase", datetime(1999, 12, 31, tzinfo=UTC), ""),
+        ("1", "4", "purchase", datetime(2000, 1, 1, tzinfo=UTC), ""),
+        ("1", "5", "purchase", datetime(1999, 12, 30, tzinfo=UTC), ""),
+        ("2", "3", "purchase", datetime(2000, 1, 1, tzinfo=UTC), ""),
+    ]
+
+
+def test_s3rec_attributes_are_one_closed_field_the_rarest_first_and_no_title_holds_a_number(tmp_path):
+    source = s3rec.read(s3rec_folder(tmp_path, ["1 3 4"], {"3": [7, 8, 9, 8], "4": [7, 8], "5": [7]}))
+    assert source.schema == FeatureSchema(std={"attribute": ["7", "8", "9"]}, re=[])
+    assert list(source.products) == [
+        RawProduct(product_id="3", title="beauty product", attributes={"attribute": ["9", "8", "7"]}),
+        RawProduct(product_id="4", title="beauty product", attributes={"attribute": ["8", "7"]}),
+        RawProduct(product_id="5", title="beauty product", attributes={"attribute": ["7"]}),
+    ]
+
+
+def test_s3rec_bad_rows_are_rejected_and_the_others_stay(tmp_path):
+    attributes = {"3": [7], "4": [[7]], "5": {"a": 7}, "6": [7], " ": [7]}
+    source = s3rec.read(s3rec_folder(tmp_path, ["1 3 6", "", "2", f"{'9' * 300} 3"], attributes))
+    found = list(source.products)
+    assert [product.product_id for product in accepted(found)] == ["3", "6"]
+    assert [(line, reason.split(":")[0]) for _, line, reason in rejected(found)] == [
+        (2, "attributes.attribute"),
+        (3, "attributes.attribute"),
+        (5, "product_id"),
+    ]
+    found = list(source.events)
+    assert [(line, reason.split(":")[0]) for _, line, reason in rejected(found)] == [
+        (2, "row"), (3, "row"), (4, "user_id"),
+    ]  # fmt: skip
+    assert pl.concat(accepted(found))["product_id"].to_list() == ["3", "6"]
+
+
+def test_s3rec_missing_or_broken_files_are_named_with_their_origin(tmp_path):
+    with pytest.raises(UserError, match=r"has no Beauty\.txt; .*S3-Rec"):
+        s3rec.read(tmp_path)
+    s3rec_folder(tmp_path, ["1 3"], [])
+    with pytest.raises(UserError, match=r"attributes\.json is not a JSON object of item to attributes"):
+        s3rec.read(tmp_path)
+    (tmp_path / "Beauty_item2attributes.json").write_text("{")
+    with pytest.raises(UserError, match=r"attributes\.json is not valid JSON"):
+        s3rec.read(tmp_path)
+    (tmp_path / "Beauty_item2attributes.json").unlink()
+    with pytest.raises(UserError, match=r"has no Beauty_item2attributes\.json; .*S3-Rec"):
+        s3rec.read(tmp_path)
 
 
 # --- values that would break a schema or a table
