@@ -1,19 +1,21 @@
-"""The plain lines that every table stands beside: popularity in its windows, item-kNN, EASE, attributes and words; and the lines of
+"""The plain lines that every table stands beside: popularity, item-kNN, EASE, attributes, words and sentences; and the lines of
 libraries that live in an environment of their own (benchmarks/peers).
 
 Each takes the training side of a split and returns a function from the items a shopper met (rows) to a score for every item, or
-None where it does not apply. All are exact; none is tuned.
+None where it does not apply. All are exact. Popularity's window is chosen on the newest training events; the weights of the others
+are as published with these splits and not tuned (the libraries' are: benchmarks/peers/tuning.py).
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse
@@ -22,15 +24,24 @@ from sklearn.preprocessing import normalize
 
 from catalog import Product
 from settings import UserError
-from tensors import DAY, Histories
+from tensors import DAY, Histories, distinct
+
+if TYPE_CHECKING:  # importing it costs seconds that a reader of this module need not pay
+    from text_encoder import TextEncoder
 
 Score = Callable[[np.ndarray], np.ndarray]
 
+# Of popularity, in days; None is all of them. The longest first: it counts the most events, so it wins a tie.
+WINDOWS = (None, 365.0, 180.0, 90.0, 60.0, 30.0, 14.0, 7.0, 3.0, 2.0, 1.0)
+VALIDATION_SHARE = 0.1  # of the training events, the newest: they choose the window
+VALIDATION_LIST = 100  # items, as many as the tables ask for
 EASE_MOST_ITEMS = 20_000  # beyond, its items-by-items inverse does not fit a small machine
-EASE_REGULARISATION = 200.0
+EASE_REGULARISATION = 200.0  # as published with these splits
 POPULARITY_WEIGHT = 0.1  # of log popularity beside content, as published with these splits
 GROUP_WEIGHT = 0.7  # of an item's group (its other colours and sizes) beside content, likewise
-PEERS = Path(__file__).with_name("benchmarks") / "peers"
+HARDLY_DIFFER = 100  # products to one distinct text or set of attributes: what is on paper then tells nothing apart
+ROOT = Path(__file__).parent
+PEERS = ROOT / "benchmarks" / "peers"
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,7 @@ class Split:
     histories: Histories
     cut: float
     groups: Sequence[str | None] = ()  # of each product; empty if the shop has none
+    text_encoder: TextEncoder | None = None
 
     def items_of(self, user_id: str) -> np.ndarray:
         """Distinct rows of the items a shopper met; empty for a stranger."""
@@ -68,14 +80,39 @@ class Split:
 
 
 def popularity(days: float | None, split: Split) -> Score:
+    wanted = _wanted(split, days, split.cut)
+    return lambda met: wanted.copy()
+
+
+def best_window_popularity(split: Split) -> Score:
+    return popularity(best_window(split), split)
+
+
+def best_window(split: Split, count: int = VALIDATION_LIST) -> float | None:
+    """The days (None: all) whose `count` most wanted items hold most of what shoppers newly took in the last part of training.
+
+    What a shopper took before is not left out of the list here: it is one list for all.
+    """
     histories = split.histories
-    recent = (
-        histories.first_meeting if days is None else histories.first_meeting & (histories.at >= split.cut - days * DAY)
-    )
+    # From a midnight on, as the test days are: else a window of one day would mean two different things.
+    start = np.floor(np.quantile(histories.at, 1.0 - VALIDATION_SHARE, method="higher") / DAY) * DAY
+    taken = histories.item[histories.first_meeting & (histories.at >= start)]
+
+    def hits(days: float | None) -> int:
+        top = np.argsort(-_wanted(split, days, start), kind="stable")[:count]
+        return int(np.isin(taken, top).sum())
+
+    return max(WINDOWS, key=hits)
+
+
+def _wanted(split: Split, days: float | None, now: float) -> np.ndarray:
+    """Shoppers who newly took each item in the `days` before `now` (epoch seconds): float64 [N]."""
+    histories = split.histories
+    past = histories.first_meeting & (histories.at < now)
+    recent = past if days is None else past & (histories.at >= now - days * DAY)
     counts = np.bincount(histories.item[recent], minlength=len(split.product_ids)).astype(np.float64)
     # Among items equally wanted lately, the ones more wanted ever.
-    counts += 1e-6 * np.bincount(histories.item[histories.first_meeting], minlength=len(split.product_ids))
-    return lambda met: counts.copy()
+    return counts + 1e-6 * np.bincount(histories.item[past], minlength=len(split.product_ids))
 
 
 def item_knn(split: Split) -> Score:
@@ -90,7 +127,8 @@ def item_knn(split: Split) -> Score:
 
 
 def ease(split: Split) -> Score | None:
-    """Steck, "Embarrassingly shallow autoencoders for sparse data", WWW 2019."""
+    """Steck, "Embarrassingly shallow autoencoders for sparse data", WWW 2019. Ours, since the whole of it is shorter than asking
+    a library for the same formula; its one weight is as published."""
     if len(split.product_ids) > EASE_MOST_ITEMS:
         return None
     met_by = split.matrix()
@@ -104,11 +142,11 @@ def ease(split: Split) -> Score | None:
 
 def content(popularity_weight: float, split: Split, group_weight: float = 0.0) -> Score | None:
     """Mean cosine to the items of the history by `content_vectors`, plus weighted log popularity; and, if weighted, the item's
-    group as one more attribute."""
+    group as one more attribute. The weights are as published, not tuned."""
     if group_weight and not any(split.groups):
         return None
-    if len({tuple(row) for row in _attributes(split.products)}) < len(split.products) // 100:
-        return None  # products that hardly differ on paper
+    if len({tuple(row) for row in _attributes(split.products)}) < len(split.products) // HARDLY_DIFFER:
+        return None
     vectors = content_vectors(split.products)
     if group_weight:
         own = [[group] if group else [] for group in split.groups]
@@ -127,13 +165,27 @@ def content(popularity_weight: float, split: Split, group_weight: float = 0.0) -
 
 def content_vectors(products: Sequence[Product]) -> scipy.sparse.csr_matrix:
     """TF-IDF of titles and words with attribute one-hots: [N, W], rows of length 1, or 0 for a product that says nothing."""
-    documents = [" ".join([p.title, *(v for values in p.re.values() for v in values)]) for p in products]
-    words = _columns(documents, min_df=2, sublinear_tf=True)
+    words = _columns(_documents(products), min_df=2, sublinear_tf=True)
     columns = _columns(_attributes(products), analyzer=lambda row: row, use_idf=False)
     return normalize(scipy.sparse.hstack([words, columns]).tocsr())
 
 
+def sentences(split: Split) -> Score | None:
+    """A frozen sentence encoder (text_encoder.py) of titles and words: cosine with the mean of the history. Nothing is trained."""
+    texts, text_of = distinct(_documents(split.products))
+    if split.text_encoder is None or len(texts) < len(split.products) // HARDLY_DIFFER:
+        return None
+    vectors = split.text_encoder.cached_pooled(texts)[text_of]  # [N, width], unit length
+    return lambda met: vectors @ (vectors[met].sum(0) / max(1, len(met)))
+
+
+def _documents(products: Sequence[Product]) -> list[str]:
+    """Title and words of each product as one text."""
+    return [" ".join([p.title, *(v for values in p.re.values() for v in values)]) for p in products]
+
+
 def _attributes(products: Sequence[Product]) -> list[list[str]]:
+    """The closed attributes of each product, "field=value"."""
     return [[f"{field}={v}" for field, values in p.std.items() for v in values] for p in products]
 
 
@@ -147,41 +199,55 @@ def _columns(rows: Sequence[Any], **options: Any) -> scipy.sparse.csr_matrix:
 
 BASELINES: dict[str, Callable[[Split], Score | None]] = {
     "popularity": partial(popularity, None),
-    "popularity, last 90 days": partial(popularity, 90.0),
-    "popularity, last 180 days": partial(popularity, 180.0),
+    "popularity, best window": best_window_popularity,
     "item-kNN (cosine)": item_knn,
     "EASE": ease,
     "content": partial(content, 0.0),
     "content + log popularity": partial(content, POPULARITY_WEIGHT),
     "content + log popularity + group": partial(content, POPULARITY_WEIGHT, group_weight=GROUP_WEIGHT),
+    "sentence encoder": sentences,
 }
 
-PEER_SCRIPTS: dict[str, Path] = {"implicit ALS, 64 factors": PEERS / "implicit_als.py"}
+PEER_SCRIPTS: dict[str, tuple[Path | str, ...]] = {  # a script and its arguments
+    "implicit ALS": (PEERS / "implicit_als.py",),
+    "implicit item-kNN": (PEERS / "implicit_knn.py",),
+    "RecTools SASRec": (PEERS / "rectools_sasrec.py", "sasrec"),
+    "RecTools eSASRec": (PEERS / "rectools_sasrec.py", "esasrec"),
+    "RecTools eSASRec + attributes": (PEERS / "rectools_sasrec.py", "esasrec-attributes"),
+}
 
 
-def peer_lists(python: Path, script: Path, split: Split, user_ids: Sequence[str], count: int) -> list[list[str]] | None:
+def peer_lists(
+    python: Path, script: tuple[Path | str, ...], split: Split, user_ids: Sequence[str], count: int
+) -> list[list[str]] | None:
     """What a library recommends to `user_ids`, `count` products each; None when one of them has no history.
 
-    The script runs in the environment of `python`, and is told and answers by files (see benchmarks/peers). Raises UserError
+    The script runs in the environment of `python`, and is told and answers by files (benchmarks/peers/tuning.py). Raises UserError
     when it fails.
     """
     histories = split.histories
     number_of = {user_id: number for number, user_id in enumerate(histories.user_ids)}
     if any(user_id not in number_of for user_id in user_ids):
         return None
+    # Events of one instant have no order: chance decides it, or a sequence model would read the order of item numbers.
+    order = np.lexsort((np.random.default_rng(0).permutation(len(histories.at)), histories.at))
+    has_attribute = _columns(_attributes(split.products), analyzer=lambda row: row, use_idf=False, min_df=2)
+    attribute_item, attribute = has_attribute.nonzero()
     with tempfile.TemporaryDirectory() as name:
         question, answer = Path(name) / "question.npz", Path(name) / "answer.npz"
-        order = np.argsort(histories.at, kind="stable")
         np.savez(
             question, user=histories.user[order].astype(np.int64), item=histories.item[order].astype(np.int64),
-            shape=(len(histories.user_ids), len(split.product_ids)), count=count,
+            at=histories.at[order], shape=(len(histories.user_ids), len(split.product_ids)), count=count,
             judged=np.array([number_of[user_id] for user_id in user_ids]),
+            attribute_item=attribute_item.astype(np.int64), attribute=attribute.astype(np.int64),
         )  # fmt: skip
+        command = [python, script[0], question, answer, *script[1:]]
         try:
-            subprocess.run([python, script, question, answer], check=True)
+            subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
         except (OSError, subprocess.CalledProcessError) as error:
             raise UserError(
-                f"{script.name} did not run: {error}; --peers takes the python of an environment with {PEERS / 'requirements.txt'}"
+                f"{Path(script[0]).name} did not run: {error}; --peers takes the python of an environment with "
+                f"{PEERS / 'requirements.txt'}"
             ) from error
         with np.load(answer) as found:
             return [[split.product_ids[item] for item in row if item >= 0] for row in found["lists"]]

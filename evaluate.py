@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
@@ -124,8 +124,9 @@ def main(options: EvaluateOptions) -> None:
         raise UserError(f"{options.what} needs the folder of the data set")
     torch.set_num_threads(1)  # one small forward a request: more threads only wait for each other
     cut = {"hm-week": HM_CUT, "sample-week": SAMPLE_CUT}.get(options.what, RTR_CUT)
+    text_encoder = TextEncoder.load(options)
     with Store.open(options) as store:
-        split = _training_side(store, cut)
+        split = replace(_training_side(store, cut), text_encoder=text_encoder)
         known = set(split.histories.user_ids)
         seen = {
             user_id: {split.product_ids[item] for item in split.items_of(user_id)}
@@ -143,7 +144,7 @@ def main(options: EvaluateOptions) -> None:
             )
         if options.limit:
             cases = cases[: options.limit]
-        lists = _our_lists(options, Recommender(store, options, TextEncoder.load(options)), cases)
+        lists = _our_lists(options, Recommender(store, options, text_encoder), cases)
     if options.baselines:
         for name, score in BASELINES.items():
             found = _baseline_lists(split, cases, score)

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import baselines
-from baselines import BASELINES, EASE_REGULARISATION, Split, content, content_vectors, ease, item_knn, peer_lists
+from baselines import (
+    BASELINES,
+    EASE_REGULARISATION,
+    Split,
+    best_window,
+    content,
+    content_vectors,
+    ease,
+    item_knn,
+    peer_lists,
+    popularity,
+    sentences,
+)
 from catalog import Product
 from evaluate import Case, _baseline_lists
 from settings import UserError
@@ -18,6 +31,7 @@ from store import EventLog
 from tensors import DAY, Histories
 
 CUT = 200  # days
+NOTHING = np.zeros(0, dtype=np.int64)
 
 Events = list[tuple[str, str, float]]  # shopper, item, day
 
@@ -64,8 +78,6 @@ def five() -> Split:
     ("name", "stranger"),
     [
         ("popularity", "ACBDE"),  # 3, 3, 2, 1, 0
-        ("popularity, last 90 days", "CDABE"),  # 2, 1, and the rest by what they ever were
-        ("popularity, last 180 days", "CBDAE"),  # 3, 2, 1, 0, 0
         ("item-kNN (cosine)", "ACBDE"),  # no neighbours: popularity
         ("EASE", "ABCDE"),  # nothing to say: product order
         ("content", "ABCDE"),
@@ -74,6 +86,18 @@ def five() -> Split:
 )
 def test_the_order_for_a_shopper_without_a_history(five, name, stranger):
     assert order(name, five, "stranger") == stranger
+
+
+@pytest.mark.parametrize(
+    ("days", "stranger"),
+    [
+        (90.0, "CDABE"),  # 2, 1, and the rest by what they ever were
+        (180.0, "CBDAE"),  # 3, 2, 1, 0, 0
+    ],
+)
+def test_popularity_in_a_window(five, days, stranger):
+    (found,) = _baseline_lists(five, [Case("stranger", "", 0.0, [])], partial(popularity, days)) or [[]]
+    assert "".join(found) == stranger
 
 
 @pytest.mark.parametrize(
@@ -88,6 +112,50 @@ def test_the_order_for_a_shopper_without_a_history(five, name, stranger):
 )
 def test_the_order_for_a_shopper_who_took_the_red_dress(five, name, offered):
     assert order(name, five, "u5") == offered
+
+
+def test_the_window_is_the_one_that_foretold_the_newest_tenth_of_training():
+    """A was all the fashion, B is since ten days, C only in the last two; then ten shoppers take `then`."""
+    early = [("A", 20.0)] * 30 + [("B", 182.0)] * 20 + [("C", 189.5)] * 10 + [("B", 189.5)] * 9
+    products = [Product(product_id=product_id, title="x") for product_id in "ABCD"]
+
+    def window(then: str) -> float | None:
+        taken = [*early, *[(then, 190.0)] * 10]
+        return best_window(
+            split_of([(f"u{n:03}", item, day) for n, (item, day) in enumerate(taken)], products), count=1
+        )
+
+    assert window("A") is None  # a year would do as well: of equals the longest
+    assert window("B") == 90.0  # 180 days reach back to A's
+    assert window("C") == 7.0
+    assert window("D") is None  # nothing foretold it
+
+
+class Vectors:
+    """A text encoder of three texts."""
+
+    def cached_pooled(self, texts: list[str]) -> np.ndarray:
+        known = {"dress": [1.0, 0.0], "gown party": [0.8, 0.6], "coat": [0.0, 1.0]}
+        return np.array([known[text] for text in texts], dtype=np.float32)
+
+
+def test_sentences_are_compared_with_the_mean_of_the_history():
+    products = [
+        Product(product_id="A", title="dress"), Product(product_id="B", title="coat"),
+        Product(product_id="C", title="gown", re={"style": ["party"]}), Product(product_id="D", title="dress"),
+    ]  # fmt: skip
+    split = split_of([("u", "A", 1), ("u", "B", 1), ("v", "A", 1)], products)
+    assert sentences(split) is None  # no encoder
+    score = sentences(replace(split, text_encoder=Vectors()))
+    np.testing.assert_allclose(score(np.array([0, 1])), [0.5, 0.5, 0.7, 0.5], atol=1e-6)
+    np.testing.assert_allclose(score(np.array([0])), [1.0, 0.0, 0.8, 1.0], atol=1e-6)
+    assert score(NOTHING).tolist() == [0.0] * 4
+
+
+def test_sentences_are_left_out_where_all_products_read_the_same():
+    products = [Product(product_id=f"{item:03}", title="dress") for item in range(200)]
+    split = split_of([("u", "000", 1)], products)
+    assert sentences(replace(split, text_encoder=Vectors())) is None
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +228,12 @@ def test_other_colours_of_what_was_taken_come_first_by_their_group():
 PEER = """
 import sys
 import numpy as np
+from benchmarks.peers.tuning import Question  # importable from wherever the script lies
 question = np.load(sys.argv[1])
+assert sys.argv[3:] == ["last"]
+assert Question.read(sys.argv[1]).at.tolist() == sorted(question["at"])
+# Red of A and B, blue of C and D: E has nothing.
+assert sorted(zip(question["attribute_item"], question["attribute"])) == [(0, 1), (1, 1), (2, 0), (3, 0)]
 met = np.zeros(question["shape"], dtype=bool)
 met[question["user"], question["item"]] = True
 order = np.argsort(met[question["judged"]], axis=1, kind="stable")  # what was not met, in product order
@@ -174,17 +247,17 @@ def test_a_library_in_its_own_environment_is_told_and_answers_by_files(five, tmp
     script = tmp_path / "peer.py"
     script.write_text(PEER)
     python = Path(sys.executable)
-    assert peer_lists(python, script, five, ["u4", "u1"], 4) == [["A", "B", "C", "E"], ["D", "E"]]
-    assert peer_lists(python, script, five, ["u4", "stranger"], 4) is None
+    assert peer_lists(python, (script, "last"), five, ["u4", "u1"], 4) == [["A", "B", "C", "E"], ["D", "E"]]
+    assert peer_lists(python, (script, "last"), five, ["u4", "stranger"], 4) is None
 
 
 def test_a_library_that_fails_is_named_with_what_to_do(five, tmp_path):
     script = tmp_path / "peer.py"
     script.write_text("raise SystemExit(3)")
     with pytest.raises(UserError, match=r"peer\.py did not run.*status 3.*requirements\.txt"):
-        peer_lists(Path(sys.executable), script, five, ["u1"], 4)
+        peer_lists(Path(sys.executable), (script,), five, ["u1"], 4)
     with pytest.raises(UserError, match=r"did not run.*No such file"):
-        peer_lists(tmp_path / "python", script, five, ["u1"], 4)
+        peer_lists(tmp_path / "python", (script,), five, ["u1"], 4)
 
 
 def test_ties_at_the_end_of_a_long_list_go_by_product_order():

@@ -171,10 +171,9 @@ def test_the_script_judges_both_stages_and_the_plain_lines(judge, hm_folder):
     reranked = ("styletower against popularity", "reranked")
     assert against[*reranked, "ndcg@12 difference", "all"] == (pytest.approx((1 - third) / 2), 2)
     assert against[*reranked, "recall@100 difference", "all"] == (0.0, 2)
-    assert {row["model"] for row in rows} - {name[0] for name in against} == {"styletower", *evaluate.BASELINES}
-    assert {name[0] for name in against if name[1] == "retrieval"} == {
-        f"styletower against {name}" for name in evaluate.BASELINES
-    }
+    plain = set(evaluate.BASELINES) - {"sentence encoder"}  # the text encoder is left out here, so its line is too
+    assert {row["model"] for row in rows} - {name[0] for name in against} == {"styletower", *plain}
+    assert {name[0] for name in against if name[1] == "retrieval"} == {f"styletower against {name}" for name in plain}
 
     def written():
         return {file: file.read_bytes() for file in (hm_folder / "docs").rglob("*.*")}

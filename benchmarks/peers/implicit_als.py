@@ -1,27 +1,52 @@
 """Implicit ALS, by the library `implicit` (Hu, Koren and Volinsky, "Collaborative filtering for implicit feedback datasets",
-ICDM 2008).
+ICDM 2008). Asked, tuned and answering as tuning.py says."""
 
-    python implicit_als.py QUESTION.npz ANSWER.npz     # evaluate.py --peers calls it so
+from __future__ import annotations
 
-QUESTION: `user`, `item` int64 [E], the training events in time order; `shape` (shoppers, items); `judged` int64 [J], shoppers to
-answer for; `count`. ANSWER: `lists` int64 [J, count], items that the shopper had not met, best first, -1 where there are no more.
-"""
-
-import sys
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse
 from implicit.als import AlternatingLeastSquares
 
-question = np.load(sys.argv[1])
-met = scipy.sparse.csr_matrix(
-    (np.ones(len(question["user"]), dtype=np.float32), (question["user"], question["item"])), shape=question["shape"]
-)
-met.data[:] = 1.0
-# The settings of the published line on these splits; they were not tuned.
-model = AlternatingLeastSquares(factors=64, regularization=0.1, alpha=10, iterations=15, random_state=0, use_gpu=False)
-model.fit(met)
-judged = question["judged"]
-lists, scores = model.recommend(judged, met[judged], N=int(question["count"]), filter_already_liked_items=True)
-# The library fills up with items that were met, at the lowest score there is.
-np.savez(sys.argv[2], lists=np.where(scores > np.finfo(np.float32).min, lists, -1).astype(np.int64))
+from benchmarks.peers.tuning import SEED, Question, Stages, answer
+
+
+@dataclass(frozen=True)
+class Setting:
+    factors: int
+    regularisation: float
+    alpha: float  # weight of a meeting against none
+
+
+TRIALS = [
+    Setting(64, 0.1, 10.0),  # of the published line on these splits
+    Setting(64, 0.1, 40.0),
+    Setting(64, 10.0, 10.0),
+    Setting(128, 0.1, 10.0),
+    Setting(256, 0.1, 10.0),
+    Setting(256, 0.1, 40.0),
+]
+
+
+def fit(question: Question, setting: Setting) -> Stages:
+    ones = np.ones(len(question.user), dtype=np.float32)
+    met = scipy.sparse.csr_matrix((ones, (question.user, question.item)), shape=question.shape)
+    met.data[:] = 1.0
+    model = AlternatingLeastSquares(
+        factors=setting.factors, regularization=setting.regularisation, alpha=setting.alpha, iterations=15,
+        random_state=SEED, use_gpu=False,
+    )  # fmt: skip
+    model.fit(met, show_progress=False)
+
+    def lists() -> np.ndarray:
+        judged = question.judged
+        found, scores = model.recommend(judged, met[judged], N=question.count, filter_already_liked_items=True)
+        # The library fills up with items that were met, at the lowest score there is.
+        return np.where(scores > np.finfo(np.float32).min, found, -1)
+
+    yield lists
+
+
+if __name__ == "__main__":
+    answer(TRIALS, fit)
