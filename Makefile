@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 ADDRESS := http://127.0.0.1:8000
 
-.PHONY: demo release serve test llm results results-hm results-rtr clean
+.PHONY: demo release serve test llm results results-hm results-rtr results-beauty clean
 
 demo: release serve
 
@@ -49,14 +49,17 @@ llm: $(VENV)/installed
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-llm.txt
 	$(RUN) embedded_llm.py
 
-# The standard splits: `make results HM=folder RTR=folder`, or one of the two alone.
-results: results-hm results-rtr
+# The standard splits: `make results HM=folder RTR=folder BEAUTY=folder`, or one of them alone. With PEERS=python, other libraries too.
+results: results-hm results-rtr results-beauty
 
 results-hm: $(VENV)/installed
 	$(RUN) run_split.py hm-week $(HM)
 
 results-rtr: $(VENV)/installed
 	$(RUN) run_split.py rtr $(RTR)
+
+results-beauty: $(VENV)/installed
+	$(RUN) run_split.py s3rec-beauty $(BEAUTY)
 
 clean:
 	rm -rf $(VENV) .data .mypy_cache .ruff_cache .pytest_cache

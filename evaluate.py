@@ -2,6 +2,7 @@
 
     python evaluate.py hm-week FOLDER          # FOLDER: the H&M tables
     python evaluate.py rtr-warm FOLDER         # FOLDER: the Rent the Runway rentals; also rtr-cold
+    python evaluate.py s3rec-beauty FOLDER     # FOLDER: Amazon Beauty as of S3-Rec
     python evaluate.py sample-week             # the last week of the sample shop
     python evaluate.py page                    # docs/results.md and docs/charts from docs/results.json
 
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 import datasets.hm
 import datasets.rent_the_runway
+import datasets.s3rec
 import datasets.sample_shop
 from baselines import BASELINES, PEER_SCRIPTS, Split, content_vectors, peer_lists
 from catalog import Rejected
@@ -40,6 +42,7 @@ from text_encoder import TextEncoder
 
 HM_CUT = datetime(2020, 9, 21, tzinfo=UTC)
 RTR_CUT = datetime(2017, 7, 1, tzinfo=UTC)
+S3REC_CUT = datasets.s3rec.LAST_DAY
 SAMPLE_CUT = datetime(2026, 6, 23, tzinfo=UTC)
 SESSION = timedelta(hours=1)  # of the sample shop: what a shopper does within it belongs together
 
@@ -47,7 +50,7 @@ Lists = dict[tuple[str, str], list[list[str]]]  # of a model and stage: ranked p
 
 
 class EvaluateOptions(Settings):
-    what: CliPositionalArg[Literal["hm-week", "rtr-warm", "rtr-cold", "sample-week", "page"]] = Field(
+    what: CliPositionalArg[Literal["hm-week", "rtr-warm", "rtr-cold", "s3rec-beauty", "sample-week", "page"]] = Field(
         description="split to judge, or page"
     )
     folder: CliPositionalArg[Path | None] = Field(None, description="folder of the data set")
@@ -95,6 +98,20 @@ def rtr_cases(path: Path, known: set[str], seen: dict[str, set[str]], warm: bool
     return sorted(cases.values(), key=lambda case: case.user_id)
 
 
+def s3rec_cases(path: Path, known: set[str], seen: dict[str, set[str]]) -> list[Case]:
+    """s3rec-beauty, leave one out: the last item of every shopper.
+
+    Published on it, with the item before the last kept out for validation (arXiv:2508.06450 and its repository): recall@10 and
+    NDCG@10 of .0928 and .0523 for eSASRec, .0921 and .0531 for SASRec with the same loss.
+    """
+    events = _events(datasets.s3rec.read(path)).filter(pl.col("at") >= S3REC_CUT).sort("user_id")
+    return [
+        Case(user_id, "", S3REC_CUT.timestamp(), [product_id])
+        for user_id, product_id in events.select("user_id", "product_id").iter_rows()
+        if user_id in known and product_id not in seen.get(user_id, set())
+    ]
+
+
 def sample_cases(known: set[str], seen: dict[str, set[str]]) -> list[Case]:
     """sample-week: what shoppers with a history met in their first session after the cut, and had not met before."""
     events = _events(datasets.sample_shop.read(None)).filter(pl.col("at") >= SAMPLE_CUT).sort("at", "user_id")
@@ -123,7 +140,8 @@ def main(options: EvaluateOptions) -> None:
     if options.folder is None and options.what != "sample-week":
         raise UserError(f"{options.what} needs the folder of the data set")
     torch.set_num_threads(1)  # one small forward a request: more threads only wait for each other
-    cut = {"hm-week": HM_CUT, "sample-week": SAMPLE_CUT}.get(options.what, RTR_CUT)
+    cuts = {"hm-week": HM_CUT, "s3rec-beauty": S3REC_CUT, "sample-week": SAMPLE_CUT}
+    cut = cuts.get(options.what, RTR_CUT)
     text_encoder = TextEncoder.load(options)
     with Store.open(options) as store:
         split = replace(_training_side(store, cut), text_encoder=text_encoder)
@@ -136,6 +154,8 @@ def main(options: EvaluateOptions) -> None:
             cases = sample_cases(known, seen)
         elif options.what == "hm-week":
             cases = hm_cases(options.folder, known, seen)
+        elif options.what == "s3rec-beauty":
+            cases = s3rec_cases(options.folder, known, seen)
         else:
             cases = rtr_cases(options.folder, known, seen, warm=options.what == "rtr-warm")
         if not cases:

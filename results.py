@@ -74,8 +74,9 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         "# Results",
         "",
         "Made by `python evaluate.py page` from `results.json` (every figure, with its 95 % bootstrap interval, commit and",
-        "command) and `steps.json`; `metrics.py` says what each metric is. Run it again with `make results HM=folder RTR=folder`;",
-        "the features of products with `python evaluate_features.py SET FOLDER`; what features are worth to the lists with",
+        "command) and `steps.json`; `metrics.py` says what each metric is. Run it again with",
+        "`make results HM=folder RTR=folder BEAUTY=folder`, the features of products with",
+        "`python evaluate_features.py SET FOLDER`; what features are worth to the lists with",
         "`python run_split.py sample-lexicon` and its like.",
     ]
     charts = draw_charts([row for row in rows if not is_comparison(row["metric"])], RESULTS.parent / "charts")

@@ -2,6 +2,7 @@
 
     python run_split.py hm-week FOLDER
     python run_split.py rtr FOLDER             # one system, judged on rtr-warm and rtr-cold
+    python run_split.py s3rec-beauty FOLDER
     python run_split.py sample-lexicon         # the sample shop with features by its lexicon; also sample-seller, sample-embedded
     python run_split.py hm-seller FOLDER       # H&M with its sellers' attributes alone
 
@@ -75,6 +76,15 @@ PIPELINES: dict[str, list[list[str]]] = {
         ["evaluate.py", "rtr-warm", "{folder}"],
         ["evaluate.py", "rtr-cold", "{folder}"],
     ],
+    "s3rec-beauty": [
+        ["import_data.py", "s3rec", "{folder}", "--until", "2000-01-01"],
+        SELLER,  # attributes are all there is to read
+        ["train_simcse.py", "--release", "split"],
+        ["train_user.py", "--release", "split"],
+        ["train_reranker.py", "--release", "split"],
+        ["build_index.py", "--release", "split"],
+        ["evaluate.py", "s3rec-beauty", "{folder}"],
+    ],
 }
 # What a finished training step leaves in the manifest.
 PARTS = {
@@ -101,7 +111,7 @@ CATCHING_UP = ("import_data.py", "extract_features.py")
 
 class SplitOptions(Settings):
     split: CliPositionalArg[
-        Literal["hm-week", "rtr", "hm-seller", "sample-seller", "sample-lexicon", "sample-embedded"]
+        Literal["hm-week", "rtr", "s3rec-beauty", "hm-seller", "sample-seller", "sample-lexicon", "sample-embedded"]
     ] = Field(description="split to run")
     folder: CliPositionalArg[Path | None] = Field(
         None, description="folder of the data set; the sample shop needs none"

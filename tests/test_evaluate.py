@@ -14,12 +14,24 @@ import pytest
 import evaluate
 import import_data
 from catalog import Event, Product
-from datasets import Source, hm, sample_shop
+from datasets import Source, hm, s3rec, sample_shop
 from datasets.events import event_frame
-from evaluate import HM_CUT, RTR_CUT, SAMPLE_CUT, Case, EvaluateOptions, hm_cases, rtr_cases, sample_cases
+from evaluate import (
+    HM_CUT,
+    RTR_CUT,
+    S3REC_CUT,
+    SAMPLE_CUT,
+    Case,
+    EvaluateOptions,
+    hm_cases,
+    rtr_cases,
+    s3rec_cases,
+    sample_cases,
+)
 from recommender import Recommender
 from settings import run_script
-from tests.test_import_sources import article, bought, rental, write_csv, write_lines
+from tests.test_import_sources import article, bought, rental, s3rec_folder, write_csv, write_lines
+from tests.test_import_sources import events as events_of
 
 # --- cases
 
@@ -97,6 +109,15 @@ def test_rtr_cold_is_the_first_rental_of_those_without_a_past(rtr_folder):
     cases = rtr_cases(rtr_folder, {"7"}, {"7": {"100"}}, warm=False)
     assert cases == [Case("8", "party", at(7, 1), ["9"]), Case("9", "party", at(8, 1), ["2"])]
     assert RTR_CUT.timestamp() == at(7, 1)
+
+
+def test_s3rec_asks_for_the_last_item_of_everyone_with_a_past(tmp_path):
+    s3rec_folder(tmp_path, ["b 1 2 3", "a 3 1", "lone 2", "again 1 2 1"], {"1": [7], "2": [7], "3": [7]})
+    seen = {"a": {"3"}, "b": {"1", "2"}, "again": {"1", "2"}}
+    cut = S3REC_CUT.timestamp()
+    assert s3rec_cases(tmp_path, set(seen), seen) == [Case("a", "", cut, ["1"]), Case("b", "", cut, ["3"])]
+    before = [event for event in events_of(s3rec.read(tmp_path)) if event[3] < S3REC_CUT]
+    assert {user: {item for other, item, *_ in before if other == user} for user in seen} == seen
 
 
 # --- the script, its rows and its page
