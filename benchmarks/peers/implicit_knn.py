@@ -7,6 +7,7 @@ list shorter than asked.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,4 +44,5 @@ def fit(question: Question, setting: Setting) -> Stages:
 
 
 if __name__ == "__main__":
+    warnings.filterwarnings("ignore", module="implicit")  # it says each time that it converts a matrix of its own
     answer(TRIALS, fit)

@@ -52,6 +52,8 @@ def fit(question: Question, setting: Setting) -> Stages:
     dataset = _dataset(question, with_attributes=variant == "esasrec-attributes")
     lengths = np.bincount(question.user)
     sequences = lengths[lengths > 1]  # of one event there is no next to learn from
+    if len(sequences) == 0:
+        sys.exit("SASRec learns what comes next, and no shopper has two events")
     passes = min(PASSES, max(STAGES, round(STEPS * BATCH / len(sequences))))
     ligr = variant.startswith("esasrec")
     pytorch_lightning.seed_everything(SEED, verbose=False)
