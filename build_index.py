@@ -3,8 +3,8 @@
     python build_index.py                      # the newest release
     python build_index.py --release 20260101-120000 --no-live
 
-An item's row is `[unit vector ; popularity coordinates ; collaborative coordinates]`. The release goes live only when every check
-passes; the one that was live serves until then, and its vectors stay for a way back.
+An item's row is `[unit vector ; popularity coordinates ; collaborative coordinates]`, with its links to other items beside it. The
+release goes live only when every check passes; the one that was live serves until then, and its vectors stay for a way back.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from tqdm import tqdm
 
+from item_links import ItemLinks
 from model_user import fill_norms
 from recommender import Recommender
 from release import ItemEncoder, Release
@@ -62,13 +63,13 @@ def index_rows(shop: ShopData, release: Release) -> tuple[np.ndarray, float]:
     return rows, fill_norms(rows)
 
 
-def queries_of_shoppers(shop: ShopData, release: Release, count: int) -> np.ndarray:
+def queries_of_shoppers(shop: ShopData, release: Release, links: ItemLinks, count: int) -> np.ndarray:
     """Real queries to check the index with: the newest requests, [<= count, row_width]."""
     tower = release.aligned_user_tower(shop.items.product_ids)
     requests = shop.requests(shop.validation_start(0.1), shop.now, shop.now)
     chosen = np.random.default_rng(0).permutation(len(requests))[:count]
     profiles = release.profile_scaler().transform(shop.profiles)
-    return retrieve(tower, shop, requests.take(chosen), profiles, tower.config.history, 1)[2]
+    return retrieve(tower, shop, links, requests.take(chosen), profiles, tower.config.history, 1).queries
 
 
 def index_recall(
@@ -146,18 +147,30 @@ def main(options: IndexOptions) -> None:
         origins = store.products.origins()
         shop = ShopData.load(store, encoder, release.manifest["user_tower"]["popularity_days"])
         rows, norm = index_rows(shop, release)
+        links = shop.links(shop.now)
         store.vectors.create(release.name, rows.shape[1])
         ids = shop.items.product_ids
         for start in tqdm(range(0, len(ids), COPY_BATCH), desc="copying vectors", unit="batch", leave=False):
             part = slice(start, start + COPY_BATCH)
-            store.vectors.copy(release.name, ItemRows(ids[part], rows[part], shop.items.std[part], shop.items.re[part]))
+            linked = [links.of(row) for row in range(start, min(start + COPY_BATCH, len(ids)))]
+            store.vectors.copy(
+                release.name,
+                ItemRows(
+                    ids[part],
+                    rows[part],
+                    shop.items.std[part],
+                    shop.items.re[part],
+                    [[ids[other] for other in others] for others, _ in linked],
+                    [strengths.tolist() for _, strengths in linked],
+                ),
+            )
         with tqdm(total=100, desc="building the HNSW index", unit="%", leave=False) as bar:
             store.vectors.build_index(
                 release.name, options.hnsw_m, options.ef_construction,
                 lambda share: bar.update(round(100 * share) - bar.n),
             )  # fmt: skip
         ef_search, recall = search_width(
-            store, release, rows, ids, queries_of_shoppers(shop, release, CHECKED_QUERIES), options
+            store, release, rows, ids, queries_of_shoppers(shop, release, links, CHECKED_QUERIES), options
         )
         release.record(
             "index", items=len(ids), dimensions=rows.shape[1], norm=norm, ef_search=ef_search, recall=recall,

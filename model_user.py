@@ -5,6 +5,9 @@ An item's row in the index is `[unit vector ; popularity coordinates ; collabora
 drawn to, how much they follow what is wanted now, and what shoppers like them took. The item tower's vectors stay frozen;
 the collaborative coordinates belong to this tower, start at zero, and stay zero for items nobody touched yet.
 
+Beside that deep part stands a wide one, which no vector holds: learned weights of links from the items of the history (see
+item_links.py). Retrieval adds them to the inner product.
+
 Sampled softmax with logQ correction: Yi et al., "Sampling-bias-corrected neural modeling for large corpus item
 recommendations", RecSys 2019.
 """
@@ -20,6 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tensors import KINDS, TextScaler, UserBatch
+
+# Where the weights of links start, in logits: one of a strength of 0.1 is worth as much as an item e times as popular. Their
+# logarithms are learned, at many times the pace of other weights, for each is met but a few hundred times an epoch.
+LINK_START = (10.0, 2.0)  # taken together, variant
+LINK_PACE = 20.0
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,7 @@ class UserTower(nn.Module):
         self.history_gain = nn.Parameter(torch.tensor(1.0))
         # Logits of unit vectors need a scale to be sharp enough: 1 / 0.1 at the start, learned from there.
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+        self.link_growth = nn.Parameter(torch.zeros(len(LINK_START)))
 
     def forward(self, batch: UserBatch) -> Tensor:
         config = self.config
@@ -133,6 +142,11 @@ class UserTower(nn.Module):
             parts.append(liked_collaborative + self.to_collaborative(fused))
         parts.append(unit.new_zeros(len(unit), 1))  # the filler of an item's row never counts
         return torch.cat(parts, dim=-1)
+
+    @property
+    def link_weights(self) -> Tensor:
+        """[2], positive: what a link's strength and being a variant of something met add to the logit."""
+        return torch.tensor(LINK_START, device=self.link_growth.device) * (LINK_PACE * self.link_growth).exp()
 
     def item_rows(self, items: Tensor, vectors: Tensor, popularity: Tensor) -> Tensor:
         """Index rows [M, row_width] of catalogue rows `items` int64 [M], their unit vectors and popularity.

@@ -23,7 +23,7 @@ from model_user import fill_norms
 from readers import LexiconReader
 from release import ItemEncoder, Release
 from settings import Settings, UserError
-from store import Filters, Found, ItemRows, Store, UserState
+from store import Filters, Found, History, ItemRows, Store, UserState
 from tensors import (
     ITEM_DENSE,
     KIND_IDS,
@@ -69,7 +69,7 @@ class Request:
 class Reason:
     """Why an item is there: an attribute it shares with the history or the context names, or what else spoke for it."""
 
-    kind: str  # "attribute", "context", "popular", "similar_shoppers", "match"
+    kind: str  # "attribute", "context", "variant", "popular", "similar_shoppers", "taken_together", "match"
     field: str = ""
     value: str = ""
 
@@ -112,6 +112,7 @@ class LoadedRelease:
         self.name = release.name
         self.encoder = ItemEncoder(release, text_encoder)
         self.user_tower = release.user_tower()
+        self.link_weights = self.user_tower.link_weights.tolist()
         self.reranker = release.reranker()
         self.scaler = release.profile_scaler()
         self.prices = PriceScale(**release.manifest["reranker"]["prices"])
@@ -228,8 +229,9 @@ class Recommender:
             met, met_by = (request.history, request.user_id) if request.exclude_history else ([], None)
             exclude = list(dict.fromkeys([*request.exclude, *met]))
             found = self.store.vectors.search(
-                loaded.name, query[0], max(request.k, CANDIDATES), request.filters, exclude, loaded.ef_search, met_by
-            )
+                loaded.name, query[0], max(request.k, CANDIDATES), request.filters, exclude, loaded.ef_search, met_by,
+                History(list(dict.fromkeys(state.product_ids)), *loaded.link_weights),
+            )  # fmt: skip
         with clock("rerank"):
             self._know_words(loaded, found.re_ids)
             order, scores, dense = self._rerank(loaded, query, found, past)
@@ -303,8 +305,9 @@ class Recommender:
         if not found.product_ids:
             return np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros((0, 0))
         candidates = Candidates(
-            query, found.vectors[None], found.scores[None], found.std_ids[None], found.re_ids[None], found.price[None]
-        )
+            query, found.vectors[None], found.scores[None], found.together[None], found.variant[None],
+            found.std_ids[None], found.re_ids[None], found.price[None],
+        )  # fmt: skip
         batch = rerank_batch(candidates, past, loaded.prices, loaded.item_width, loaded.popularity_width)
         with torch.inference_mode():
             scores = loaded.reranker(batch)[0].numpy()
@@ -347,11 +350,13 @@ class Recommender:
         if shared:
             shared.sort(key=lambda pair: -pair[0])
             return [reason for _, reason in shared[:MAX_REASONS]]
-        kinds = ("popularity", "collaborative", "content")
+        if found.variant[row]:
+            return [Reason("variant")]
+        kinds = ("popularity", "collaborative", "together", "content")
         columns = [ITEM_DENSE.index(kind) for kind in kinds]
         spread = dense[:, columns].std(axis=0)
         above = (dense[row, columns] - dense[:, columns].mean(axis=0)) / np.where(spread > 0, spread, 1.0)
-        return [Reason(("popular", "similar_shoppers", "match")[int(above.argmax())])]
+        return [Reason(("popular", "similar_shoppers", "taken_together", "match")[int(above.argmax())])]
 
     def allowed_values(self) -> dict[str, dict[str, str]]:
         """What a filter may name, as the live release knows it: field -> normalised spelling -> the schema's spelling."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from item_links import ItemLinks, group_numbers
 from model_user import UserTower
 from release import ItemEncoder
 from settings import UserError
@@ -39,6 +40,7 @@ class ShopData:
     items: ItemFeatures
     vectors: np.ndarray  # float32 [N, item width], unit length
     price: np.ndarray  # float64 [N], nan if unknown
+    group: np.ndarray  # int64 [N], number of each item's product, see item_links.py
     histories: Histories
     popularity: Popularity
     profiles: list[dict[str, float]]  # of each user of `histories`
@@ -64,6 +66,7 @@ class ShopData:
             items,
             encoder.cached_vectors(items),
             commerce.price[rows],
+            group_numbers([commerce.group_id[row] for row in rows]),
             histories,
             Popularity.fit(histories.item, histories.at, commerce.arrived_at[rows], window_days),
             [profiles.get(user_id, {}) for user_id in histories.user_ids],
@@ -87,6 +90,12 @@ class ShopData:
         histories = self.histories
         inside = (histories.at >= max(start, histories.at.min(initial=0.0) + WARM_UP)) & (histories.at < end)
         return np.flatnonzero(inside & histories.first_meeting & (histories.weight > 0))
+
+    def links(self, before: float) -> ItemLinks:
+        """Item-to-item links of the events before that moment (epoch seconds), skips aside."""
+        histories = self.histories
+        counted = (histories.at < before) & (histories.weight > 0)
+        return ItemLinks.build(histories.user[counted], histories.item[counted], self.group)
 
     def profile_scaler(self, before: float) -> ProfileScaler:
         """Statistics of the shoppers who had come by `before`."""

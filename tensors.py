@@ -381,12 +381,16 @@ class RerankBatch:
     item_dense: Tensor  # float32 [B, N, I]
 
 
+LINK_SCALE = 10.0  # links have strengths of a few hundredths to a few tenths
+
 ITEM_DENSE = (
     "retrieval",  # the retrieval score, z-scored within the list: its scale differs from tower to tower
     "log_rank",  # of the retrieval order
     "content",  # cosine of the query's unit part and the item's vector
     "popularity",  # what the popularity coordinates add to the score
     "collaborative",  # what the collaborative coordinates add
+    "together",  # log strength of its links with the history, see item_links.py
+    "variant",  # 1 for another colour or size of something in the history
     "nearest",  # the highest cosine with an item of the history
     "log_price",
     "price_gap",  # log price against the mean of the history; 0 if either is unknown
@@ -418,6 +422,8 @@ class Candidates:
     query: np.ndarray  # float32 [B, D], of the user tower
     rows: np.ndarray  # float32 [B, N, D], index rows: unit vector, popularity, collaborative
     scores: np.ndarray  # float32 [B, N]
+    together: np.ndarray  # float32 [B, N], strength of the links with the history
+    variant: np.ndarray  # float32 [B, N], 1 for a variant of something in the history
     std: np.ndarray  # int [B, N, std slots]
     re: np.ndarray  # int [B, N, re slots]
     price: np.ndarray  # float [B, N], nan if unknown
@@ -468,7 +474,8 @@ def rerank_batch(
     log_rank = np.broadcast_to(np.log1p(np.arange(scores.shape[1])) / 4.0, scores.shape)
     columns = [
         retrieval, log_rank, part(unit) / np.where(norm > 0, norm, 1.0), part(popular) / 4.0, part(collaborative),
-        nearest, log_price, np.where(both_known, log_price - paid[:, None], 0.0),
+        np.log1p(LINK_SCALE * candidates.together), candidates.variant, nearest, log_price,
+        np.where(both_known, log_price - paid[:, None], 0.0),
     ]  # fmt: skip
     item_dense = np.concatenate([np.stack(columns, axis=2), rows[:, :, popular]], axis=2)
     user_dense = np.concatenate([past.profile, np.log1p(past.mask.sum(1, keepdims=True)) / 4.0], axis=1)

@@ -35,7 +35,7 @@ from tensors import (
     user_dense_names,
 )
 from text_encoder import TextEncoder
-from train_user import retrieve
+from train_user import Retrieved, retrieve
 from training import TrainOptions, finish, fit, shuffled_batches
 
 STAGE = "reranker"
@@ -59,14 +59,21 @@ class Lists:
     """Replayed requests with their candidates. Only lists with at least one positive can teach an order."""
 
     requests: list[tuple[int, int, float]]  # user number, context row, as of
-    rows: np.ndarray  # int64 [L, N]
-    scores: np.ndarray  # float32 [L, N]
-    queries: np.ndarray  # float32 [L, D]
+    found: Retrieved
     positive: np.ndarray  # bool [L, N]
     answers: np.ndarray  # int [L], all right answers, retrieved or not
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.requests)
+
+    @classmethod
+    def joined(cls, parts: list[Lists]) -> Lists:
+        return cls(
+            [request for part in parts for request in part.requests],
+            Retrieved.joined([part.found for part in parts]),
+            np.concatenate([part.positive for part in parts]),
+            np.concatenate([part.answers for part in parts]),
+        )
 
 
 def ndcg(positive_in_order: np.ndarray, answers: np.ndarray, count: int) -> np.ndarray:
@@ -92,11 +99,12 @@ class ListFeatures:
         shop, lists = self.shop, self.lists
         users = np.array([lists.requests[i][0] for i in which])
         as_of = np.array([lists.requests[i][2] for i in which])
-        past, rows = self._past(users, as_of), lists.rows[which]
+        found = lists.found.take(which)
+        past, rows = self._past(users, as_of), found.rows
         index_rows = np.stack([self.keys[moment][items] for moment, items in zip(as_of, rows, strict=True)])
         candidates = Candidates(
-            lists.queries[which], index_rows, lists.scores[which], shop.items.std[rows], shop.items.re[rows],
-            shop.price[rows],
+            found.queries, index_rows, found.scores, found.together, found.variant, shop.items.std[rows],
+            shop.items.re[rows], shop.price[rows],
         )  # fmt: skip
         return rerank_batch(candidates, past, self.prices, self.item_width, self.popularity_width)
 
@@ -128,26 +136,26 @@ def replay(shop: ShopData, release: Release, options: RerankerOptions) -> tuple[
         requests: Requests = shop.requests(begin, stop, float(begin))
         if not len(requests):
             continue
-        rows, scores, queries = retrieve(
-            tower, shop, requests, profiles, tower.config.history, options.candidates, "replaying requests"
+        retrieved = retrieve(
+            tower, shop, shop.links(float(begin)), requests, profiles, tower.config.history, options.candidates,
+            "replaying requests",
+        )  # fmt: skip
+        positive = np.stack(
+            [np.isin(row, answer) for row, answer in zip(retrieved.rows, requests.answers, strict=True)]
         )
-        positive = np.stack([np.isin(row, answer) for row, answer in zip(rows, requests.answers, strict=True)])
-        useful = positive.any(1)
+        useful = np.flatnonzero(positive.any(1))
         pairs = zip(requests.users[useful], requests.contexts[useful], strict=True)
         found.append(
             Lists(
-                [(int(user), int(context), float(begin)) for user, context in pairs], rows[useful], scores[useful],
-                queries[useful], positive[useful], np.array([len(answer) for answer in requests.answers])[useful],
+                [(int(user), int(context), float(begin)) for user, context in pairs], retrieved.take(useful),
+                positive[useful], np.array([len(answer) for answer in requests.answers])[useful],
             )
         )  # fmt: skip
         popularity = torch.from_numpy(shop.popularity.coordinates(np.arange(len(shop.items)), float(begin)))
         with torch.no_grad():
             numbers = torch.arange(len(shop.items))
             keys[float(begin)] = tower.item_rows(numbers, torch.from_numpy(shop.vectors), popularity).numpy()
-    lists = Lists(
-        [request for part in found for request in part.requests],
-        *(np.concatenate([getattr(part, name) for part in found]) for name in ("rows", "scores", "queries", "positive", "answers")),
-    ) if found else None  # fmt: skip
+    lists = Lists.joined(found) if found else None
     if lists is None or len(lists) < 10:
         raise UserError(
             f"only {0 if lists is None else len(lists)} replayed requests found what the shopper took; "

@@ -19,6 +19,7 @@ from pytorch_metric_learning.losses import SupConLoss
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
+from item_links import group_numbers
 from model_simcse import ItemTower, ItemTowerConfig
 from release import ENCODER, Release, catalogue_features
 from settings import UserError, run_script
@@ -125,8 +126,7 @@ def main(options: SimcseOptions) -> None:
     features = catalogue_features(products, std_vocab, re_vocab, layout, text_encoder)
     re_text = torch.from_numpy(text_encoder.cached_pooled([value for _, value in re_vocab.words]))
     group_of = dict(zip(commerce.product_ids, commerce.group_id, strict=True))
-    names = [group_of.get(product.product_id) or f"\x00{product.product_id}" for product in products]
-    groups = torch.from_numpy(np.unique(names, return_inverse=True)[1])
+    groups = torch.from_numpy(group_numbers([group_of.get(product.product_id) for product in products]))
 
     torch.manual_seed(options.seed)
     config = ItemTowerConfig(

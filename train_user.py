@@ -12,6 +12,8 @@ the full softmax.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from item_links import ItemLinks
 from model_user import UserTower, UserTowerConfig
 from release import USER_TOWER, USER_TOWER_HOLDOUT, ItemEncoder, Release
 from settings import UserError, run_script
@@ -78,6 +81,7 @@ class SampledSoftmax:
         self.target_share = np.bincount(shop.histories.item[self.targets], minlength=count) / len(self.targets)
         self.hard_share_of = np.full(count, 1.0 / count)
         self.mined_epoch = 0
+        self.links = shop.links(end)
         self.popularity = lru_cache(POPULARITY_TABLES)(self._popularity)
 
     def batches(self, epoch: int) -> list[np.ndarray]:
@@ -113,24 +117,30 @@ class SampledSoftmax:
         as_of = float(histories.at[rows].min() // DAY * DAY)
         popularity = self.popularity(as_of)
         index = histories.before(rows, options.history, options.baskets)
-        query = model(self.tower.forget(self._user_batch(index, rows, popularity), options.forget))  # (B, D)
+        batch = self.tower.forget(self._user_batch(index, rows, popularity), options.forget)
+        query = model(batch)  # (B, D)
 
         items = histories.item[rows]
         candidates, log_q = self._candidates(items)
         numbers = torch.from_numpy(candidates)
         keys = self.tower.item_rows(numbers, self.vectors[numbers], popularity[numbers])  # (C, D)
-        logits = query @ keys.T - log_q  # (B, C)
-        # What the shopper already met is not offered again, so it is no competitor either.
         column_of = np.full(len(shop.items), -1)
         column_of[candidates] = np.arange(len(candidates))
-        met = np.where(index.mask, column_of[histories.item[index.index]], -1)
+        target = column_of[items]
+        history = histories.item[index.index]
+        together, variant = self.links.scores(history, batch.history_mask.numpy(), candidates, target)
+        weights = self.tower.link_weights
+        scores = query @ keys.T + weights[0] * torch.from_numpy(together) + weights[1] * torch.from_numpy(variant)
+        logits = scores - log_q  # (B, C)
+        # What the shopper already met is not offered again, so it is no competitor either.
+        met = np.where(index.mask, column_of[history], -1)
         row, column = np.nonzero(met >= 0)
         logits[torch.from_numpy(row), torch.from_numpy(met[row, column])] = -torch.inf
-        target = torch.from_numpy(column_of[items])
         weight = torch.from_numpy(histories.weight[rows])
         # The target may stand in the basket history of the same instant under another kind: it stays a target.
-        logits[torch.arange(len(rows)), target] = torch.einsum("bd,bd->b", query, keys[target]) - log_q[target]
-        return (F.cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
+        own = (torch.arange(len(rows)), torch.from_numpy(target))
+        logits[own] = scores[own] - log_q[own[1]]
+        return (F.cross_entropy(logits, own[1], reduction="none") * weight).sum() / weight.sum()
 
     def _user_batch(self, index: HistoryIndex, rows: np.ndarray, popularity: Tensor) -> UserBatch:
         histories = self.shop.histories
@@ -190,33 +200,51 @@ def item_keys(tower: UserTower, vectors: Tensor, popularity: Tensor) -> Tensor:
     return tower.item_rows(torch.arange(len(vectors)), vectors, popularity)
 
 
+@dataclass(frozen=True)
+class Retrieved:
+    """Candidates of B requests, N each, best first."""
+
+    rows: np.ndarray  # int64 [B, N], of the catalogue
+    scores: np.ndarray  # float32 [B, N], links counted
+    together: np.ndarray  # float32 [B, N], see ItemLinks.scores
+    variant: np.ndarray  # float32 [B, N], likewise
+    queries: np.ndarray  # float32 [B, D]
+
+    def take(self, which: np.ndarray) -> Retrieved:
+        """The requests that an index picks."""
+        return Retrieved(*(getattr(self, part.name)[which] for part in fields(self)))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Retrieved]) -> Retrieved:
+        return cls(*(np.concatenate([getattr(part, name.name) for part in parts]) for name in fields(cls)))
+
+
 @torch.no_grad()
 def retrieve(
-    tower: UserTower, shop: ShopData, requests: Requests, profiles: np.ndarray, history: int, count: int,
-    progress: str = "",
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
-    """The best `count` catalogue rows for each request by exact search, without what the shopper met before.
-
-    Returns rows int64 [B, count], scores float32 [B, count], queries float32 [B, D].
-    """
+    tower: UserTower, shop: ShopData, links: ItemLinks, requests: Requests, profiles: np.ndarray, history: int,
+    count: int, progress: str = "",
+) -> Retrieved:  # fmt: skip
+    """The best `count` catalogue rows for each request by exact search, without what the shopper met before."""
     popularity = torch.from_numpy(shop.popularity.coordinates(np.arange(len(shop.items)), requests.as_of))
     keys = item_keys(tower, torch.from_numpy(shop.vectors), popularity)
     count = min(count, len(keys))
-    rows, scores, queries = [], [], []
+    every, weights = np.arange(len(keys)), tower.link_weights
+    parts: list[Retrieved] = []
     starts = range(0, len(requests), SCORE_BATCH)
     for start in tqdm(starts, desc=progress, unit="batch", disable=not progress, leave=False):
         part = requests.take(np.arange(start, min(start + SCORE_BATCH, len(requests))))
         index = shop.history_as_of(part.users, part.as_of, history)
         now = np.full(len(part), part.as_of)
         query = tower(shop.user_batch(tower, index, part.users, part.contexts, now, profiles, popularity))
-        logits = query @ keys.T
+        together, variant = links.scores(shop.histories.item[index.index], index.mask, every)
+        logits = query @ keys.T + weights[0] * torch.from_numpy(together) + weights[1] * torch.from_numpy(variant)
         for row, user in enumerate(part.users):
             logits[row, torch.from_numpy(shop.seen(user, part.as_of).astype(np.int64))] = -torch.inf
         top = logits.topk(count)
-        rows.append(top.indices.numpy())
-        scores.append(top.values.numpy())
-        queries.append(query.numpy())
-    return np.concatenate(rows), np.concatenate(scores), np.concatenate(queries)
+        found = top.indices.numpy()
+        of_found = [np.take_along_axis(part, found, axis=1) for part in (together, variant)]
+        parts.append(Retrieved(found, top.values.numpy(), of_found[0], of_found[1], query.numpy()))
+    return Retrieved.joined(parts)
 
 
 def recall(rows: np.ndarray, answers: list[np.ndarray], count: int) -> float:
@@ -245,9 +273,11 @@ def main(options: UserOptions) -> None:
     chosen = np.random.default_rng(options.seed).permutation(len(held_out))[: options.validation_requests]
     held_out = held_out.take(chosen)
 
+    links = shop.links(split)
+
     def validate(model: nn.Module) -> dict[str, float]:
         tower_now = model if isinstance(model, UserTower) else tower
-        rows, _, _ = retrieve(tower_now, shop, held_out, profiles, options.history, RETRIEVED)
+        rows = retrieve(tower_now, shop, links, held_out, profiles, options.history, RETRIEVED).rows
         return {f"recall@{count}": recall(rows, held_out.answers, count) for count in (10, RETRIEVED)}
 
     def new_tower() -> UserTower:

@@ -9,7 +9,7 @@ from store.products import Commerce, StoredProduct
 from store.quarantine import QuarantinedRow
 from store.releases import RecordedRelease
 from store.users import UserState
-from store.vectors import EXACT_LIMIT, Filters, Found, ItemRows
+from store.vectors import EXACT_LIMIT, Filters, Found, History, ItemRows
 
 __all__ = [
     "EXACT_LIMIT",
@@ -20,6 +20,7 @@ __all__ = [
     "EventLog",
     "Filters",
     "Found",
+    "History",
     "ImportReport",
     "ImportSession",
     "ItemRows",

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ MAX_EF_SEARCH = 1000  # pgvector's own bound
 
 _PREFIX = "item_vectors_"
 _RELEASE = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")  # with prefix and index suffix within PostgreSQL's 63 bytes
-_COLUMNS = sql.SQL("product_id, vector, std_ids, re_ids")
+_COLUMNS = sql.SQL("product_id, vector, std_ids, re_ids, linked, link_strength")
 # The wire form as bytes: a hundred rows become one array at once (`stack_vectors`, `stack_ids`), not number by number.
 BINARY = sql.SQL("vector_send(vector), array_send(std_ids), array_send(re_ids)")
 
@@ -66,6 +66,35 @@ _EXACT = sql.SQL("""
 """)
 
 
+# What the items of a history are linked to (see item_links.py): taken together, or a variant of the same product. Variants are
+# looked up as they are now, so that a new colour is one at once. The materialised steps do what little there is to do before the
+# vectors are read.
+_LINKED = sql.SQL("""
+    WITH links AS MATERIALIZED (
+        SELECT product_id, sum(together)::float4 AS together, max(variant)::float4 AS variant
+        FROM (
+            SELECT link.product_id, link.strength AS together, 0 AS variant
+            FROM {vectors} AS met, unnest(met.linked, met.link_strength) AS link(product_id, strength)
+            WHERE met.product_id = ANY(%(history)s::text[])
+            UNION ALL
+            (SELECT product_id, 0, 1 FROM products WHERE group_id IN (
+                SELECT group_id FROM products WHERE product_id = ANY(%(history)s::text[])
+            ) LIMIT %(most_variants)s)
+        ) AS every GROUP BY product_id
+    ), best AS MATERIALIZED (
+        SELECT v.product_id, together, variant,
+            -(v.vector <#> %(query)b) + %(together)s * together + %(variant)s * variant AS score
+        FROM links JOIN {vectors} AS v USING (product_id) JOIN products AS p USING (product_id)
+        WHERE p.std IS NOT NULL AND v.product_id <> ALL(%(exclude)s::text[]) AND v.product_id NOT IN {met} AND {filters}
+        ORDER BY score DESC, product_id LIMIT %(limit)s
+    )
+    SELECT product_id, score, {binary}, price, title, together, variant
+    FROM best JOIN {vectors} USING (product_id) JOIN products USING (product_id)
+    ORDER BY score DESC, product_id
+""")
+MOST_VARIANTS = 1000  # a "product" of more variants is a slip in the shop's data, and must not slow a request down
+
+
 @dataclass(frozen=True)
 class ItemRows:
     """Rows of a release. n items, D dimensions, S and R the widths that the encoder gives the ids."""
@@ -74,6 +103,17 @@ class ItemRows:
     vectors: np.ndarray  # float32 [n, D]
     std_ids: np.ndarray  # int32 [n, S], 0 is padding
     re_ids: np.ndarray  # int32 [n, R], 0 is padding
+    linked: Sequence[list[str]] = ()  # of each item, the products it was taken together with; () if nobody knows
+    link_strength: Sequence[list[float]] = ()  # and how strongly: see item_links.py
+
+
+@dataclass(frozen=True)
+class History:
+    """Through which items a search also goes, and what links from them are worth in units of its scores."""
+
+    product_ids: Sequence[str]
+    together: float  # a strength of 1
+    variant: float
 
 
 @dataclass(frozen=True)
@@ -98,6 +138,23 @@ class Found:
     price: np.ndarray  # float64 [n], nan if unknown
     titles: list[str]
     plan: str  # "hnsw", "hnsw-iterative" or "exact"
+    together: np.ndarray  # float32 [n], strength of the links with the history; 0 without any
+    variant: np.ndarray  # float32 [n], 1 for a variant of something in the history
+
+    def take(self, order: np.ndarray) -> Found:
+        """Those rows, in that order."""
+        return Found(
+            [self.product_ids[row] for row in order],
+            self.scores[order],
+            self.vectors[order],
+            self.std_ids[order],
+            self.re_ids[order],
+            self.price[order],
+            [self.titles[row] for row in order],
+            self.plan,
+            self.together[order],
+            self.variant[order],
+        )
 
 
 class Vectors:
@@ -112,7 +169,8 @@ class Vectors:
             connection.execute(
                 sql.SQL(
                     'CREATE TABLE {} (product_id text COLLATE "C" PRIMARY KEY, vector vector({}) NOT NULL,'
-                    " std_ids int4[] NOT NULL, re_ids int4[] NOT NULL)"
+                    " std_ids int4[] NOT NULL, re_ids int4[] NOT NULL,"
+                    " linked text[] NOT NULL, link_strength float4[] NOT NULL)"
                 ).format(table_of(release), sql.Literal(dimensions))
             )
 
@@ -120,7 +178,7 @@ class Vectors:
         """Add rows by binary COPY. May be called several times; an id that is there is an error."""
         copy_from = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT binary)").format(table_of(release), _COLUMNS)
         with self._pool.connection() as connection, connection.cursor().copy(copy_from) as copy:
-            copy.set_types(["text", "vector", "int4[]", "int4[]"])
+            copy.set_types(["text", "vector", "int4[]", "int4[]", "text[]", "float4[]"])
             for row in _adapted(rows):
                 copy.write_row(row)
 
@@ -185,9 +243,10 @@ class Vectors:
         return 0.0 if row is None else float(row[0])
 
     def upsert(self, release: str, rows: ItemRows) -> None:
-        """Add or replace rows; searches see them at once."""
+        """Add or replace rows; searches see them at once. Links stay what they were: they come from the past of an item, not
+        from what is written on it."""
         statement = sql.SQL(
-            "INSERT INTO {} ({}) VALUES (%s, %b, %b::int4[], %b::int4[])"
+            "INSERT INTO {} ({}) VALUES (%s, %b, %b::int4[], %b::int4[], %b::text[], %b::float4[])"
             " ON CONFLICT (product_id) DO UPDATE SET vector = excluded.vector, std_ids = excluded.std_ids,"
             " re_ids = excluded.re_ids"
         ).format(table_of(release), _COLUMNS)
@@ -238,8 +297,10 @@ class Vectors:
         exclude: Sequence[str] = (),
         ef_search: int | None = None,
         met_by: str | None = None,
+        history: History | None = None,
     ) -> Found:
-        """The `limit` items with the greatest inner product with `query` (float32 [D]) that pass `filters`.
+        """The `limit` items with the greatest inner product with `query` (float32 [D]) that pass `filters`; with a `history`, the
+        links from it count too.
 
         Products that were deleted, have no features, are in `exclude` or were met by the user `met_by` never appear.
         Fewer than `limit` come back only when no more match. Without filters it is one round trip.
@@ -254,17 +315,27 @@ class Vectors:
         }
         ef_search = min(max(ef_search or DEFAULT_EF_SEARCH, limit), MAX_EF_SEARCH)
         with self._pool.connection() as connection:
-            if not self._has_index(connection, release):
-                return _exact(connection, release, where, parameters)
-            if conditions and _estimate(connection, where, parameters) <= ESTIMATE_MARGIN * EXACT_LIMIT:
-                found = _exact_if_few(connection, release, where, parameters)
-                if found is not None:
-                    return found
-            plan = "hnsw-iterative" if conditions else "hnsw"
-            rows = _hnsw(connection, release, where, parameters, ef_search, prepare=None if plan == "hnsw" else False)
-            if len(rows) < limit:  # the graph was left before enough were met
-                return _exact(connection, release, where, parameters)
-            return _found(rows, plan)
+            found = self._nearest(connection, release, conditions, where, parameters, ef_search)
+            if history is None or not history.product_ids:
+                return found
+            linked = _linked(connection, release, where, parameters, history)
+            return _merged(linked, found, limit)
+
+    def _nearest(
+        self, connection: Connection[Any], release: str, conditions: Sequence[sql.Composable], where: sql.Composable,
+        parameters: dict[str, Any], ef_search: int,
+    ) -> Found:  # fmt: skip
+        if not self._has_index(connection, release):
+            return _exact(connection, release, where, parameters)
+        if conditions and _estimate(connection, where, parameters) <= ESTIMATE_MARGIN * EXACT_LIMIT:
+            found = _exact_if_few(connection, release, where, parameters)
+            if found is not None:
+                return found
+        plan = "hnsw-iterative" if conditions else "hnsw"
+        rows = _hnsw(connection, release, where, parameters, ef_search, prepare=None if plan == "hnsw" else False)
+        if len(rows) < parameters["limit"]:  # the graph was left before enough were met
+            return _exact(connection, release, where, parameters)
+        return _found(rows, plan)
 
     def _has_index(self, connection: Connection[Any], release: str) -> bool:
         if release not in self._indexed:
@@ -316,9 +387,10 @@ def _index_memory(rows: int, dimensions: int, m: int) -> int:
     return int(np.clip(bytes_needed // 1024, 64 * 1024, 4 * 1024 * 1024))
 
 
-def _adapted(rows: ItemRows) -> Iterable[tuple[str, np.ndarray, list[int], list[int]]]:
+def _adapted(rows: ItemRows) -> Iterable[tuple[str, np.ndarray, list[int], list[int], list[str], list[float]]]:
     vectors = np.ascontiguousarray(rows.vectors, dtype=np.float32)
-    return zip(rows.product_ids, vectors, rows.std_ids.tolist(), rows.re_ids.tolist(), strict=True)
+    links = rows.linked or [[]] * len(vectors), rows.link_strength or [[]] * len(vectors)
+    return zip(rows.product_ids, vectors, rows.std_ids.tolist(), rows.re_ids.tolist(), *links, strict=True)
 
 
 def _conditions(filters: Filters) -> tuple[list[sql.Composable], dict[str, Any]]:
@@ -397,6 +469,40 @@ def _exact_if_few(
     return _found([row[1:] for row in rows if row[1] is not None], "exact")
 
 
+def _linked(
+    connection: Connection[Any], release: str, where: sql.Composable, parameters: dict[str, Any], history: History
+) -> Found:
+    """The best of what the history is linked to."""
+    query = _LINKED.format(vectors=table_of(release), met=_MET, filters=where, binary=BINARY)
+    parameters = parameters | {
+        "history": list(history.product_ids), "together": history.together, "variant": history.variant,
+        "most_variants": MOST_VARIANTS,
+    }  # fmt: skip
+    return _found(_query(connection, {}, query, parameters, prepare=False), "")
+
+
+def _merged(linked: Found, nearest: Found, limit: int) -> Found:
+    """The best of both, each item once. No item is missed: links only ever add, so whatever is ahead of an unlinked item by inner
+    product stays ahead of it."""
+    known = set(linked.product_ids)
+    rest = nearest.take(np.array([row for row, id_ in enumerate(nearest.product_ids) if id_ not in known], dtype=int))
+    if not known or not rest.product_ids:
+        return replace(linked if known else nearest, plan=nearest.plan)
+    both = Found(
+        linked.product_ids + rest.product_ids,
+        np.concatenate([linked.scores, rest.scores]),
+        np.concatenate([linked.vectors, rest.vectors]),
+        np.concatenate([linked.std_ids, rest.std_ids]),
+        np.concatenate([linked.re_ids, rest.re_ids]),
+        np.concatenate([linked.price, rest.price]),
+        linked.titles + rest.titles,
+        nearest.plan,
+        np.concatenate([linked.together, rest.together]),
+        np.concatenate([linked.variant, rest.variant]),
+    )
+    return both.take(np.lexsort((np.array(both.product_ids), -both.scores))[:limit])
+
+
 def _query(
     connection: Connection[Any],
     settings: dict[str, str],
@@ -420,7 +526,9 @@ def _query(
 
 
 def _found(rows: Sequence[Any], plan: str) -> Found:
-    product_ids, scores, vectors, std_ids, re_ids, price, titles = zip(*rows, strict=True) if rows else ((),) * 7
+    columns = list(zip(*rows, strict=True)) if rows else [()] * 9
+    product_ids, scores, vectors, std_ids, re_ids, price, titles, *links = columns
+    together, variant = links or np.zeros((2, len(rows)))
     return Found(
         list(product_ids),
         np.array(scores, dtype=np.float32),
@@ -430,4 +538,6 @@ def _found(rows: Sequence[Any], plan: str) -> Found:
         np.array(price, dtype=np.float64),  # None becomes nan
         list(titles),
         plan,
+        np.array(together, dtype=np.float32),
+        np.array(variant, dtype=np.float32),
     )

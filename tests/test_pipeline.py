@@ -69,7 +69,7 @@ def test_searches_are_as_wide_as_the_index_needs_and_a_bad_index_is_refused(aske
     release = Release.open(shop.models_dir)
     data = ShopData.load(store, recommender.live().encoder, release.manifest["user_tower"]["popularity_days"])
     rows, _ = build_index.index_rows(data, release)
-    queries = build_index.queries_of_shoppers(data, release, 20)
+    queries = build_index.queries_of_shoppers(data, release, data.links(data.now), 20)
 
     def width(rows, **bounds):
         options = build_index.IndexOptions(**shop.model_dump(), **bounds)

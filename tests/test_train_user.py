@@ -39,7 +39,7 @@ def shop() -> ShopData:
     titles = Ragged(np.zeros((0, 3), dtype=np.float32), np.zeros(2, dtype=np.int64))
     vectors = F.normalize(torch.from_numpy(random.normal(size=(ITEMS, 5)).astype(np.float32)), dim=-1).numpy()
     return ShopData(
-        ItemFeatures(products, nothing, nothing, titles, nothing[:, 0]), vectors, np.ones(ITEMS), histories,
+        ItemFeatures(products, nothing, nothing, titles, nothing[:, 0]), vectors, np.ones(ITEMS), np.arange(ITEMS), histories,
         Popularity.fit(histories.item, histories.at, np.zeros(ITEMS), [7.0]), [{}] * SHOPPERS,
         np.zeros((1, 3), dtype=np.float32), float(histories.at.max()),
     )  # fmt: skip
