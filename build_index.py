@@ -21,7 +21,7 @@ from model_user import fill_norms
 from recommender import Recommender
 from release import ItemEncoder, Release
 from settings import Settings, UserError, run_script
-from shop_data import ShopData
+from shop_data import ShopData, validation_start
 from store import Filters, ItemRows, Store
 from text_encoder import TextEncoder
 from train_user import item_keys, retrieve
@@ -66,7 +66,7 @@ def index_rows(shop: ShopData, release: Release) -> tuple[np.ndarray, float]:
 def queries_of_shoppers(shop: ShopData, release: Release, links: ItemLinks, count: int) -> np.ndarray:
     """Real queries to check the index with: the newest requests, [<= count, row_width]."""
     tower = release.aligned_user_tower(shop.items.product_ids)
-    requests = shop.requests(shop.validation_start(0.1), shop.now, shop.now)
+    requests = shop.requests(validation_start(shop.histories.at, 0.1), shop.now, shop.now)
     chosen = np.random.default_rng(0).permutation(len(requests))[:count]
     profiles = release.profile_scaler().transform(shop.profiles)
     return retrieve(tower, shop, links, requests.take(chosen), profiles, tower.config.history, 1).queries

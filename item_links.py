@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse
 
+from tensors import Histories
+
 # Links kept of an item, the strongest. A history of thirty items reaches well over a thousand others through them.
 MOST_LINKS = 50
 # Distinct items read of one shopper, the latest: robots and resellers pair everything with everything.
@@ -47,6 +49,12 @@ class ItemLinks:
             block.data *= damping[part][block.row] * damping[block.col]
             blocks.append(_strongest(block, start))
         return cls(scipy.sparse.vstack(blocks, format="csr", dtype=np.float32), damping, group)
+
+    @classmethod
+    def before(cls, histories: Histories, moment: float, group: np.ndarray) -> ItemLinks:
+        """From what shoppers did before that moment (epoch seconds), skips aside."""
+        counted = (histories.at < moment) & (histories.weight > 0)
+        return cls.build(histories.user[counted], histories.item[counted], group)
 
     def scores(
         self, history: np.ndarray, mask: np.ndarray, candidates: np.ndarray, targets: np.ndarray | None = None

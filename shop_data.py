@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from item_links import ItemLinks, group_numbers
@@ -28,9 +29,25 @@ from tensors import (
     UserBatch,
     log_age,
 )
+from training import TrainOptions
 
 # Hours before this have no past to learn from: on the first day everything looks unwanted.
 WARM_UP = 1 * DAY
+
+
+class HoldOutOptions(TrainOptions):
+    """Of the stages that learn from events."""
+
+    validation_share: float = Field(0.1, gt=0, lt=0.9, description="share of events, the newest, held out first")
+
+
+def validation_start(at: np.ndarray, share: float) -> float:
+    """The UTC midnight that leaves about `share` of the events (epoch seconds [E]), and at least something, after it; infinity when
+    there are no events."""
+    if not len(at):
+        return float("inf")
+    midnight = np.floor(np.quantile(at, 1.0 - share) / DAY) * DAY
+    return float(max(midnight, np.floor(at.min() / DAY) * DAY + WARM_UP))
 
 
 @dataclass(frozen=True)
@@ -79,12 +96,6 @@ class ShopData:
         """The moment after the newest event: popularity as of now counts every event."""
         return self.newest + 1.0
 
-    def validation_start(self, share: float) -> float:
-        """The UTC midnight that leaves about `share` of the events, and at least something, after it."""
-        at = self.histories.at
-        midnight = np.floor(np.quantile(at, 1.0 - share) / DAY) * DAY
-        return float(max(midnight, np.floor(at.min() / DAY) * DAY + WARM_UP))
-
     def targets(self, start: float, end: float) -> np.ndarray:
         """Events to learn to foresee: a shopper's first meeting with an item, in [start, end), of a kind that counts."""
         histories = self.histories
@@ -92,10 +103,8 @@ class ShopData:
         return np.flatnonzero(inside & histories.first_meeting & (histories.weight > 0))
 
     def links(self, before: float) -> ItemLinks:
-        """Item-to-item links of the events before that moment (epoch seconds), skips aside."""
-        histories = self.histories
-        counted = (histories.at < before) & (histories.weight > 0)
-        return ItemLinks.build(histories.user[counted], histories.item[counted], self.group)
+        """Item-to-item links as of that moment, epoch seconds."""
+        return ItemLinks.before(self.histories, before, self.group)
 
     def profile_scaler(self, before: float) -> ProfileScaler:
         """Statistics of the shoppers who had come by `before`."""

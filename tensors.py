@@ -123,13 +123,6 @@ class ItemBatch:
     def to(self, device: torch.device | str) -> ItemBatch:
         return ItemBatch(self.std.to(device), self.re.to(device), self.tokens.to(device), self.token_mask.to(device))
 
-    def repeated(self, times: int) -> ItemBatch:
-        """The whole batch `times` over, one copy after the other: [times * B, ...]."""
-        return ItemBatch(
-            self.std.repeat(times, 1), self.re.repeat(times, 1), self.tokens.repeat(times, 1, 1),
-            self.token_mask.repeat(times, 1),
-        )  # fmt: skip
-
 
 @dataclass(frozen=True)
 class ItemFeatures:

@@ -3,6 +3,11 @@
     python train_simcse.py                 # a new release, named by the time
     python train_simcse.py --epochs 3 --batch-size 512 --temperature 0.05
 
+Two views of one item are a positive pair; where shoppers have taken items together (item_links.py), so are, for a share of the
+examples, a view of an item and a view of one of those. Instances alone teach what tells items apart, pairs what they have in
+common that matters to somebody (Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020). Only events before the days that
+train_user.py holds out count: the reranker must not learn from vectors that knew its answers.
+
 Loss: NT-Xent over in-batch negatives (pytorch-metric-learning), in the form whose memory is quadratic, not cubic, in the batch:
 with one positive for each anchor, SupConLoss over both views is the same value and gradient as NTXentLoss.
 """
@@ -19,27 +24,35 @@ from pytorch_metric_learning.losses import SupConLoss
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
-from item_links import group_numbers
+from item_links import ItemLinks, group_numbers
 from model_simcse import ItemTower, ItemTowerConfig
 from release import ENCODER, Release, catalogue_features
 from settings import UserError, run_script
+from shop_data import HoldOutOptions, validation_start
 from store import Store
-from tensors import ItemFeatures, ItemLayout
+from tensors import Histories, ItemFeatures, ItemLayout
 from text_encoder import TextEncoder
-from training import TrainOptions, finish, fit, shuffled_batches
+from training import finish, fit, shuffled_batches
 from vocab import FIRST_WORD, ReVocab, StdVocab
 
 STAGE = "simcse"
 VALIDATION_SHARE = 0.05
 MAX_VALIDATION = 2000  # items in the retrieval check of each epoch
 RETRIEVED = 10
+MOST_REPEATS = 4  # of an item with links in an epoch
 TEXT_SAMPLE = 2000  # titles that say what is common to all
 
 
-class SimcseOptions(TrainOptions):
+class SimcseOptions(HoldOutOptions):
     epochs: int = Field(10, ge=1, le=10_000, description="passes over the catalogue at most")
     batch_size: int = Field(512, ge=4, le=65_536, description="items a step; every other item is a negative")
     temperature: float = Field(0.1, ge=0.02, le=1.0, description="of NT-Xent; below 0.02 float32 gradients vanish")
+    pairs: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of items with links whose second view is of an item taken together with them",
+    )
     std_dropout: float = Field(0.2, ge=0, lt=1, description="share of STD values masked in a view")
     re_dropout: float = Field(0.3, ge=0, lt=1, description="share of RE values dropped in a view")
     token_masking: float = Field(0.3, ge=0, lt=1, description="share of title tokens masked in a view")
@@ -50,16 +63,15 @@ class SimcseOptions(TrainOptions):
 
 
 def nt_xent(views: Tensor, groups: Tensor, loss: SupConLoss) -> Tensor:
-    """NT-Xent of 2B embeddings: rows i and B + i are two views of one item (Chen et al., ICML 2020).
+    """NT-Xent of 2B embeddings: rows i and B + i are a positive pair (Chen et al., ICML 2020).
 
-    groups: int [B]; items of one group (the same product in other colours) are not each other's negatives. With a group for
-    each item this equals pytorch-metric-learning's NTXentLoss.
+    groups: int [2B]; views of one group (the same product in other colours) are not each other's negatives. With a group for
+    each pair this equals pytorch-metric-learning's NTXentLoss.
     """
-    item = torch.arange(len(groups), device=views.device).repeat(2)
-    group = groups.repeat(2)
-    same_item = item[:, None] == item[None, :]
-    positives = same_item & ~torch.eye(len(views), dtype=torch.bool, device=views.device)
-    negatives = group[:, None] != group[None, :]
+    pair = torch.arange(len(views) // 2, device=views.device).repeat(2)
+    same_pair = pair[:, None] == pair[None, :]
+    positives = same_pair & ~torch.eye(len(views), dtype=torch.bool, device=views.device)
+    negatives = (groups[:, None] != groups[None, :]) & ~same_pair
     return loss(views, indices_tuple=(*positives.nonzero(as_tuple=True), *negatives.nonzero(as_tuple=True)))
 
 
@@ -70,7 +82,32 @@ def gather_views(views: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
     first, second = views.chunk(2)
     every_group = [torch.empty_like(groups) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(every_group, groups)
-    return torch.cat([*all_gather(first.contiguous()), *all_gather(second.contiguous())]), torch.cat(every_group)
+    halves = [group.chunk(2) for group in every_group]
+    views = torch.cat([*all_gather(first.contiguous()), *all_gather(second.contiguous())])
+    return views, torch.cat([*(group for group, _ in halves), *(group for _, group in halves)])
+
+
+def partners(rows: np.ndarray, links: ItemLinks, share: float) -> np.ndarray:
+    """For a `share` of the items `rows` int [B] that have links, one that they were taken together with, drawn by the links'
+    strength; for the others the item itself: int64 [B]."""
+    table = links.together
+    # torch's generator, since a resumed run restores it.
+    chance, place = torch.rand(2, len(rows), dtype=torch.float64).numpy()
+    total = np.concatenate([[0.0], np.cumsum(table.data, dtype=np.float64)])
+    start, stop = table.indptr[rows], table.indptr[rows + 1]
+    drawn = np.searchsorted(total, total[start] + place * (total[stop] - total[start]), side="right") - 1
+    linked = (stop > start) & (chance < share)
+    second = rows.astype(np.int64)
+    second[linked] = table.indices[np.clip(drawn, start, stop - 1)[linked]]
+    return second
+
+
+def examples(rows: np.ndarray, links: ItemLinks) -> np.ndarray:
+    """Items of an epoch: each of `rows` once, and those with links more often, if they are few: most of a large catalogue never
+    sold, and its pairs would drown."""
+    linked = rows[np.diff(links.together.indptr)[rows] > 0]
+    times = min(MOST_REPEATS, (len(rows) - len(linked)) // max(1, len(linked)))
+    return np.concatenate([rows, np.repeat(linked, times)])
 
 
 @torch.no_grad()
@@ -99,7 +136,7 @@ def validate(
     alignment, uniformity = alignment_uniformity(*views)
     return {
         "-nt_xent": -nt_xent(
-            torch.cat(views), groups[rows].to(whole.device), SupConLoss(temperature=options.temperature)
+            torch.cat(views), groups[rows].repeat(2).to(whole.device), SupConLoss(temperature=options.temperature)
         ).item(),
         f"recall@{RETRIEVED}": (rank < RETRIEVED).float().mean().item(),
         "recall@1": (rank < 1).float().mean().item(),
@@ -115,6 +152,7 @@ def main(options: SimcseOptions) -> None:
         products = store.products.read_features()
         commerce = store.products.read_commerce()
         aliases = store.aliases.read()
+        log = store.events.read()
     if len(products) < 2:
         raise UserError("fewer than two products have features; run import_data.py and extract_features.py first")
     release = _release(options)
@@ -126,7 +164,11 @@ def main(options: SimcseOptions) -> None:
     features = catalogue_features(products, std_vocab, re_vocab, layout, text_encoder)
     re_text = torch.from_numpy(text_encoder.cached_pooled([value for _, value in re_vocab.words]))
     group_of = dict(zip(commerce.product_ids, commerce.group_id, strict=True))
-    groups = torch.from_numpy(group_numbers([group_of.get(product.product_id) for product in products]))
+    numbers = group_numbers([group_of.get(product.product_id) for product in products])
+    groups = torch.from_numpy(numbers)
+    histories = Histories.build(log, features.product_ids)
+    held_out_from = validation_start(histories.at, options.validation_share)
+    links = ItemLinks.before(histories, held_out_from, numbers)
 
     torch.manual_seed(options.seed)
     config = ItemTowerConfig(
@@ -143,20 +185,20 @@ def main(options: SimcseOptions) -> None:
     held_out = max(2, min(MAX_VALIDATION, round(VALIDATION_SHARE * len(products))))
     # A catalogue too small to spare items is judged on the items it learns from: the metric is then only a sanity check.
     train_rows = shuffled[held_out:] if len(products) >= 10 * held_out else shuffled
+    shown = examples(train_rows, links) if options.pairs else train_rows
     contrastive = SupConLoss(temperature=options.temperature)
 
     def loss(model: nn.Module, rows: np.ndarray) -> Tensor:
-        batch = features.batch(rows).to(tower.masked_token.device)
+        both = np.concatenate([rows, partners(rows, links, options.pairs)])
+        batch = features.batch(both).to(tower.masked_token.device)
         rates = (options.std_dropout, options.re_dropout, options.token_masking)
         # One forward for both views: a wrapped model in several processes allows no second one before backward.
-        views = model(
-            tower.augment(batch.repeated(2), *rates), re_text.to(tower.masked_token.device), options.re_text_share
-        )
-        return nt_xent(*gather_views(views, groups[rows].to(views.device)), contrastive)
+        views = model(tower.augment(batch, *rates), re_text.to(tower.masked_token.device), options.re_text_share)
+        return nt_xent(*gather_views(views, groups[both].to(views.device)), contrastive)
 
     report = fit(
         tower,
-        lambda epoch: shuffled_batches(train_rows, options.batch_size, options.seed, epoch),
+        lambda epoch: shuffled_batches(shown, options.batch_size, options.seed, epoch),
         loss,
         lambda model: validate(tower, features, groups, shuffled[:held_out], options),
         "-nt_xent",
@@ -172,6 +214,7 @@ def main(options: SimcseOptions) -> None:
         config=config,
         layout=layout,
         text_encoder={"name": text_encoder.name, "fingerprint": text_encoder.fingerprint},
+        pairs_until=held_out_from if options.pairs and links.together.nnz else None,
         report=report,
         options=options.model_dump(mode="json", exclude={"database_url"}),
     )

@@ -29,11 +29,11 @@ from item_links import ItemLinks
 from model_user import UserTower, UserTowerConfig
 from release import USER_TOWER, USER_TOWER_HOLDOUT, ItemEncoder, Release
 from settings import UserError, run_script
-from shop_data import Requests, ShopData
+from shop_data import HoldOutOptions, Requests, ShopData, validation_start
 from store import Store
 from tensors import DAY, HistoryIndex, UserBatch
 from text_encoder import TextEncoder
-from training import TrainOptions, finish, fit
+from training import finish, fit
 
 STAGE = "user"
 RETRIEVED = 100
@@ -43,7 +43,7 @@ MINING_REQUESTS = 1024  # that hard negatives are mined from, each epoch
 MINED = 50  # top items of each
 
 
-class UserOptions(TrainOptions):
+class UserOptions(HoldOutOptions):
     epochs: int = Field(12, ge=1, le=10_000, description="passes over the events at most")
     weight_decay: float = Field(0.05, ge=0, le=1, description="of AdamW; collaborative coordinates need much")
     negatives: int = Field(8192, ge=16, description="items a step that everybody's target competes with")
@@ -56,7 +56,6 @@ class UserOptions(TrainOptions):
     collaborative: int = Field(32, ge=0, le=512, description="collaborative coordinates of an item; 0 for none")
     layers: int = Field(1, ge=1, le=12, description="transformer layers over the history")
     train_days: float = Field(540.0, gt=0, description="days of events before the newest that are learned from")
-    validation_share: float = Field(0.1, gt=0, lt=0.9, description="share of events, the newest, held out first")
     validation_requests: int = Field(2000, ge=1, description="held-out requests scored after each epoch, at most")
     popularity_days: list[float] = Field([1.0, 7.0, 30.0, 90.0, 365.0], description="trailing windows of popularity")
     refit: bool = Field(True, description="learn from the held-out events too before serving")
@@ -258,7 +257,13 @@ def main(options: UserOptions) -> None:
     encoder = ItemEncoder(release, TextEncoder.load(options))
     with Store.open(options) as store:
         shop = ShopData.load(store, encoder, options.popularity_days)
-    split = shop.validation_start(options.validation_share)
+    split = validation_start(shop.histories.at, options.validation_share)
+    known_until = release.manifest["item_tower"].get("pairs_until")
+    if known_until is not None and split < known_until:
+        raise UserError(
+            f"the item tower of release {release.name} learned from events that would be held out here; give both the same "
+            "--validation-share, or train the item tower again"
+        )
     scaler = shop.profile_scaler(split)
     config = UserTowerConfig(
         items=len(shop.items), item_width=shop.vectors.shape[1], popularity_width=shop.popularity.width,

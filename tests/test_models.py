@@ -123,7 +123,7 @@ def test_nt_xent_equals_the_librarys_value_and_gradient(items_count, temperature
     generator = torch.Generator().manual_seed(seed)
     views = torch.randn(2 * items_count, 5, dtype=torch.float64, generator=generator)
     ours, theirs = (F.normalize(views, dim=-1).requires_grad_() for _ in range(2))
-    loss = nt_xent(ours, torch.arange(items_count), SupConLoss(temperature=temperature))
+    loss = nt_xent(ours, torch.arange(items_count).repeat(2), SupConLoss(temperature=temperature))
     reference = SelfSupervisedLoss(NTXentLoss(temperature=temperature))(theirs[:items_count], theirs[items_count:])
     loss.backward()
     reference.backward()
@@ -134,7 +134,7 @@ def test_nt_xent_equals_the_librarys_value_and_gradient(items_count, temperature
 def test_other_colours_of_a_product_are_no_negatives():
     """Items 0 and 1 are one product and lie on the same spot; only item 2 may push them."""
     views = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).repeat(2, 1), dim=-1)
-    loss = nt_xent(views, torch.tensor([0, 0, 1]), SupConLoss(temperature=0.5))
+    loss = nt_xent(views, torch.tensor([0, 0, 1]).repeat(2), SupConLoss(temperature=0.5))
     expected = [math.log(math.e**2 + 2) - 2] * 2 + [math.log(math.e**2 + 4) - 2]
     assert loss.item() == pytest.approx(sum(expected) / 3, rel=1e-5)
 

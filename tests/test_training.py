@@ -245,7 +245,7 @@ def contrastive_step(folder: Path) -> dict[str, Any]:
 
     def loss(wrapped: nn.Module, rows: np.ndarray) -> Tensor:
         embedded = F.normalize(wrapped(views[:, rows].flatten(0, 1)), dim=-1)
-        return nt_xent(*gather_views(embedded, groups[rows]), SupConLoss(temperature=2.0))
+        return nt_xent(*gather_views(embedded, groups[rows].repeat(2)), SupConLoss(temperature=2.0))
 
     report = fit(
         model, lambda epoch: [EXAMPLES], loss, lambda model: {"accuracy": 0.0}, "accuracy", options(epochs=1), folder, "pair"
