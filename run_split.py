@@ -40,7 +40,7 @@ def _hm(extract: list[str], *evaluate: str) -> list[list[str]]:
         ["import_data.py", "hm", "{folder}", "--until", "2020-09-21"],
         extract,
         ["train_simcse.py", "--release", "split", "--epochs", "2"],
-        ["train_user.py", "--release", "split", "--epochs", "3"],
+        ["train_user.py", "--release", "split", "--epochs", "3", "--collaborative", "0"],
         ["train_reranker.py", "--release", "split"],
         ["build_index.py", "--release", "split"],
         ["evaluate.py", "hm-week", "{folder}", *evaluate],
