@@ -42,6 +42,9 @@ FALLBACK_ITEMS = 200  # popular items kept in memory for when the database is aw
 CONTEXT_CACHE = 10_000  # context texts whose vectors are remembered
 AWAY_SECONDS = 1.0  # for so long after a failure nobody waits for a database that is known to be away
 MAX_REASONS = 4
+# Lifts items that nobody met yet above all others in a search for them: more than scores ever differ, and not so much that
+# single precision loses their order.
+NEW_LIFT = 1000.0
 # An attribute counts as the shopper's own when at least this share of their history carries it.
 REASON_SHARE = 0.2
 
@@ -117,6 +120,7 @@ class LoadedRelease:
         self.scaler = release.profile_scaler()
         self.prices = PriceScale(**release.manifest["reranker"]["prices"])
         self.trained_re_words = len(self.encoder.re_vocab)
+        self.new_goods = float(release.manifest["reranker"]["options"]["new_goods"])
         self.row_norm = float(release.manifest["index"]["norm"])
         self.ef_search = int(release.manifest["index"]["ef_search"])  # what the index's recall was measured with
         self.allowed_values = {
@@ -131,6 +135,11 @@ class LoadedRelease:
     @property
     def popularity_width(self) -> int:
         return self.user_tower.config.popularity_width
+
+    @property
+    def untouched_column(self) -> int:
+        """Of an item's row: 1 where nobody met the item yet (the last popularity coordinate)."""
+        return self.item_width + self.popularity_width - 1
 
     def learn_words(self, words: dict[tuple[str, str], int], text_encoder: TextEncoder) -> None:
         """Add RE words that came after training, under the ids the database gave them (dense, in order)."""
@@ -226,12 +235,7 @@ class Recommender:
             with torch.inference_mode():
                 query = loaded.user_tower(batch).numpy()  # (1, D)
         with clock("search"):
-            met, met_by = (request.history, request.user_id) if request.exclude_history else ([], None)
-            exclude = list(dict.fromkeys([*request.exclude, *met]))
-            found = self.store.vectors.search(
-                loaded.name, query[0], max(request.k, CANDIDATES), request.filters, exclude, loaded.ef_search, met_by,
-                History(list(dict.fromkeys(state.product_ids)), *loaded.link_weights),
-            )  # fmt: skip
+            found = self._candidates(loaded, query[0], request, state)
         with clock("rerank"):
             self._know_words(loaded, found.re_ids)
             order, scores, dense = self._rerank(loaded, query, found, past)
@@ -297,6 +301,31 @@ class Recommender:
             profile=torch.from_numpy(profile),
         )
         return Past(unit, mask, std, re, price, profile), batch
+
+    def _candidates(self, loaded: LoadedRelease, query: np.ndarray, request: Request, state: UserState) -> Found:
+        """The best by inner product and links, and among them a share of products that nobody met yet: without one they would
+        stay so, since popularity outweighs whatever they are like. `train_user.retrieve` finds the same by exact search."""
+        met, met_by = (request.history, request.user_id) if request.exclude_history else ([], None)
+        exclude = list(dict.fromkeys([*request.exclude, *met]))
+        history = History(list(dict.fromkeys(state.product_ids)), *loaded.link_weights)
+
+        def search(query: np.ndarray, limit: int) -> Found:
+            return self.store.vectors.search(
+                loaded.name, query, limit, request.filters, exclude, loaded.ef_search, met_by, history
+            )
+
+        count = max(request.k, CANDIDATES)
+        found = search(query, count)
+        new = round(loaded.new_goods * count)
+        # All that match are found, or there is a share to keep.
+        if new == 0 or len(found.product_ids) < count:
+            return found
+        lifted = query.copy()
+        lifted[loaded.untouched_column] += NEW_LIFT
+        untouched = search(lifted, new)
+        untouched = untouched.take(np.flatnonzero(untouched.vectors[:, loaded.untouched_column] > 0))
+        scores = untouched.vectors @ query + untouched.together * history.together + untouched.variant * history.variant
+        return found.with_share(replace(untouched, scores=scores.astype(np.float32)))
 
     def _rerank(
         self, loaded: LoadedRelease, query: np.ndarray, found: Found, past: Past
@@ -416,7 +445,7 @@ class Recommender:
         rows = np.zeros((len(products), config.row_width), dtype=np.float32)
         rows[:, : config.item_width] = encoder.vectors(features, progress=False)
         # A new item has no past: no counts, no collaborative coordinates, and the flag that says so.
-        rows[:, config.item_width + config.popularity_width - 1] = 1.0
+        rows[:, loaded.untouched_column] = 1.0
         before = self.store.vectors.fetch(loaded.name, features.product_ids)
         old = dict(zip(before.product_ids, before.vectors, strict=True))
         for row, product_id in enumerate(features.product_ids):

@@ -65,8 +65,8 @@ class ShopData:
     newest: float  # epoch seconds of the newest event
 
     @classmethod
-    def load(cls, store: Store, encoder: ItemEncoder, window_days: Sequence[float]) -> ShopData:
-        """Read everything. Raises UserError when there is nothing to learn from."""
+    def load(cls, store: Store, encoder: ItemEncoder, windows: Sequence[Sequence[float]]) -> ShopData:
+        """Read everything; `windows` of popularity as in `Popularity`. Raises UserError when there is nothing to learn from."""
         products = store.products.read_features()
         if not products:
             raise UserError("no product has features yet; run import_data.py and extract_features.py first")
@@ -85,7 +85,7 @@ class ShopData:
             commerce.price[rows],
             group_numbers([commerce.group_id[row] for row in rows]),
             histories,
-            Popularity.fit(histories.item, histories.at, commerce.arrived_at[rows], window_days),
+            Popularity.fit(histories.item, histories.at, commerce.arrived_at[rows], windows),
             [profiles.get(user_id, {}) for user_id in histories.user_ids],
             encoder.text_encoder.cached_pooled(histories.contexts),
             float(histories.at.max(initial=0.0)),

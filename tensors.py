@@ -230,10 +230,12 @@ class Popularity:
     first_event: np.ndarray  # float64 [N] epoch seconds, inf if no event yet
     origin: float
     span: float
-    window_days: tuple[float, ...]
+    windows: tuple[tuple[float, float], ...]  # days ago that each begins and ends
 
     @classmethod
-    def fit(cls, item: np.ndarray, at: np.ndarray, arrived_at: np.ndarray, window_days: Sequence[float]) -> Popularity:
+    def fit(
+        cls, item: np.ndarray, at: np.ndarray, arrived_at: np.ndarray, windows: Sequence[Sequence[float]]
+    ) -> Popularity:
         """From events (`item` int [E], `at` epoch seconds [E]) and known arrival times ([N], nan if unknown)."""
         origin = float(at.min(initial=np.inf)) if len(at) else 0.0
         latest = float(at.max(initial=-np.inf)) if len(at) else 0.0
@@ -242,22 +244,21 @@ class Popularity:
         np.minimum.at(first, item, at)
         arrived = np.where(np.isnan(arrived_at), np.where(np.isinf(first), np.nan, first), arrived_at)
         keys = np.sort(item.astype(np.float64) * span + (at - origin))
-        return cls(keys, arrived, first, origin, span, tuple(window_days))
+        return cls(keys, arrived, first, origin, span, tuple((begin, end) for begin, end in windows))
 
     @property
     def width(self) -> int:
-        return len(self.window_days) + 2
+        return len(self.windows) + 2
 
-    def counts(self, items: np.ndarray, as_of: float, days: float) -> np.ndarray:
-        """Events on each item in the `days` before `as_of` (the moment itself excluded): int [M]."""
+    def counts(self, items: np.ndarray, as_of: float, begin: float, end: float = 0.0) -> np.ndarray:
+        """Events on each item from `begin` to `end` days before `as_of` (the moment itself excluded): int [M]."""
         base = items.astype(np.float64) * self.span
-        end = np.clip(as_of - self.origin, 0.0, self.span / 2)
-        start = np.clip(as_of - days * DAY - self.origin, 0.0, self.span / 2)
-        return np.searchsorted(self.keys, base + end) - np.searchsorted(self.keys, base + start)
+        first, stop = (np.clip(as_of - days * DAY - self.origin, 0.0, self.span / 2) for days in (begin, end))
+        return np.searchsorted(self.keys, base + stop) - np.searchsorted(self.keys, base + first)
 
     def coordinates(self, items: np.ndarray, as_of: float) -> np.ndarray:
         """float32 [M, width]: log counts by window, log age in days, and 1 where no event came before `as_of`."""
-        columns = [np.log1p(self.counts(items, as_of, days)) / 4.0 for days in self.window_days]
+        columns = [np.log1p(self.counts(items, as_of, *window)) / 4.0 for window in self.windows]
         age = np.clip((as_of - self.arrived[items]) / DAY, 0.0, MAX_AGE_DAYS)
         columns.append(np.log1p(np.where(np.isnan(age), 0.0, age)) / 6.0)
         columns.append((self.first_event[items] >= as_of).astype(np.float64))

@@ -49,6 +49,9 @@ class RerankerOptions(TrainOptions):
     weight_decay: float = Field(0.05, ge=0, le=1, description="of AdamW")
     patience: int = Field(3, ge=1, description="epochs without a better NDCG before stopping")
     candidates: int = Field(100, ge=10, le=1000, description="items retrieved for each request")
+    new_goods: float = Field(
+        0.1, ge=0, lt=1, description="share of the candidates kept for products that nobody met yet, when serving too"
+    )
     moments: int = Field(4, ge=1, le=100, description="moments in the held-out days from which requests are replayed")
     transfer: bool = Field(True, description="start from the item tower's STD and RE tables")
     hidden: list[int] = Field([128, 64], description="widths of the deep part")
@@ -138,7 +141,7 @@ def replay(shop: ShopData, release: Release, options: RerankerOptions) -> tuple[
             continue
         retrieved = retrieve(
             tower, shop, shop.links(float(begin)), requests, profiles, tower.config.history, options.candidates,
-            "replaying requests",
+            round(options.new_goods * options.candidates), "replaying requests",
         )  # fmt: skip
         positive = np.stack(
             [np.isin(row, answer) for row, answer in zip(retrieved.rows, requests.answers, strict=True)]
@@ -170,11 +173,10 @@ def replay(shop: ShopData, release: Release, options: RerankerOptions) -> tuple[
 def main(options: RerankerOptions) -> None:
     release = Release.open(options.models_dir, options.release)
     encoder = ItemEncoder(release, TextEncoder.load(options))
-    window_days = release.manifest["user_tower"]["popularity_days"] if "user_tower" in release.manifest else []
-    if not window_days:
+    if "user_tower" not in release.manifest:
         raise UserError(f"release {release.name} has no user tower yet; run train_user.py first")
     with Store.open(options) as store:
-        shop = ShopData.load(store, encoder, window_days)
+        shop = ShopData.load(store, encoder, release.manifest["user_tower"]["popularity_windows"])
     features, prices = replay(shop, release, options)
     lists = features.lists
 

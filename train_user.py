@@ -37,8 +37,10 @@ from training import finish, fit
 
 STAGE = "user"
 RETRIEVED = 100
+YEAR = 365.0  # days
 POPULARITY_TABLES = 32  # days whose popularity is kept in memory
-SCORE_BATCH = 256  # requests scored against the whole catalogue at once
+SCORE_BATCH = 256  # requests scored against the whole catalogue at once,
+MOST_SCORES = 32_000_000  # or fewer, if the catalogue is large: several tables of so many numbers live at a time
 MINING_REQUESTS = 1024  # that hard negatives are mined from, each epoch
 MINED = 50  # top items of each
 
@@ -58,6 +60,9 @@ class UserOptions(HoldOutOptions):
     train_days: float = Field(540.0, gt=0, description="days of events before the newest that are learned from")
     validation_requests: int = Field(2000, ge=1, description="held-out requests scored after each epoch, at most")
     popularity_days: list[float] = Field([1.0, 7.0, 30.0, 90.0, 365.0], description="trailing windows of popularity")
+    season_days: float = Field(
+        90.0, ge=0, le=365, description="how wanted an item was a year ago in so many days to come; 0 leaves it out"
+    )
     refit: bool = Field(True, description="learn from the held-out events too before serving")
 
 
@@ -221,17 +226,20 @@ class Retrieved:
 @torch.no_grad()
 def retrieve(
     tower: UserTower, shop: ShopData, links: ItemLinks, requests: Requests, profiles: np.ndarray, history: int,
-    count: int, progress: str = "",
+    count: int, new: int = 0, progress: str = "",
 ) -> Retrieved:  # fmt: skip
-    """The best `count` catalogue rows for each request by exact search, without what the shopper met before."""
+    """The best `count` catalogue rows for each request by exact search, without what the shopper met before; of items that had no
+    event yet at least the best `new`."""
     popularity = torch.from_numpy(shop.popularity.coordinates(np.arange(len(shop.items)), requests.as_of))
     keys = item_keys(tower, torch.from_numpy(shop.vectors), popularity)
     count = min(count, len(keys))
+    untouched = popularity[:, -1] > 0
+    batch_size = max(1, min(SCORE_BATCH, MOST_SCORES // len(keys)))
     every, weights = np.arange(len(keys)), tower.link_weights
     parts: list[Retrieved] = []
-    starts = range(0, len(requests), SCORE_BATCH)
+    starts = range(0, len(requests), batch_size)
     for start in tqdm(starts, desc=progress, unit="batch", disable=not progress, leave=False):
-        part = requests.take(np.arange(start, min(start + SCORE_BATCH, len(requests))))
+        part = requests.take(np.arange(start, min(start + batch_size, len(requests))))
         index = shop.history_as_of(part.users, part.as_of, history)
         now = np.full(len(part), part.as_of)
         query = tower(shop.user_batch(tower, index, part.users, part.contexts, now, profiles, popularity))
@@ -239,11 +247,24 @@ def retrieve(
         logits = query @ keys.T + weights[0] * torch.from_numpy(together) + weights[1] * torch.from_numpy(variant)
         for row, user in enumerate(part.users):
             logits[row, torch.from_numpy(shop.seen(user, part.as_of).astype(np.int64))] = -torch.inf
-        top = logits.topk(count)
-        found = top.indices.numpy()
-        of_found = [np.take_along_axis(part, found, axis=1) for part in (together, variant)]
-        parts.append(Retrieved(found, top.values.numpy(), of_found[0], of_found[1], query.numpy()))
+        found = best(logits, count, untouched, new).numpy()
+        scores, *linked = (np.take_along_axis(part, found, axis=1) for part in (logits.numpy(), together, variant))
+        parts.append(Retrieved(found, scores, linked[0], linked[1], query.numpy()))
     return Retrieved.joined(parts)
+
+
+def best(logits: Tensor, count: int, untouched: Tensor, new: int) -> Tensor:
+    """Columns of the greatest `count` of each row of logits [B, N], greatest first; the greatest `new` of those that `untouched`
+    bool [N] marks are among them, however small: int64 [B, count]."""
+    new = min(new, count, int(untouched.sum()))
+    if new == 0:
+        return logits.topk(count).indices
+    reserved = logits.masked_fill(~untouched, -torch.inf).topk(new)
+    # Who met all of them but a few has fewer to be lifted; the places of the others say nothing.
+    lift = torch.where(reserved.values > -torch.inf, torch.inf, logits.gather(1, reserved.indices))
+    chosen = logits.scatter(1, reserved.indices, lift).topk(count).indices
+    order = logits.gather(1, chosen).argsort(dim=1, descending=True, stable=True)
+    return chosen.gather(1, order)
 
 
 def recall(rows: np.ndarray, answers: list[np.ndarray], count: int) -> float:
@@ -255,8 +276,11 @@ def recall(rows: np.ndarray, answers: list[np.ndarray], count: int) -> float:
 def main(options: UserOptions) -> None:
     release = Release.open(options.models_dir, options.release)
     encoder = ItemEncoder(release, TextEncoder.load(options))
+    windows = [(days, 0.0) for days in options.popularity_days]
+    if options.season_days:
+        windows.append((YEAR, YEAR - options.season_days))
     with Store.open(options) as store:
-        shop = ShopData.load(store, encoder, options.popularity_days)
+        shop = ShopData.load(store, encoder, windows)
     split = validation_start(shop.histories.at, options.validation_share)
     known_until = release.manifest["item_tower"].get("pairs_until")
     if known_until is not None and split < known_until:
@@ -320,7 +344,7 @@ def main(options: UserOptions) -> None:
         "user_tower",
         config=config,
         profile_scaler=scaler,
-        popularity_days=options.popularity_days,
+        popularity_windows=windows,
         validation_start=split,
         report=report,
         options=options.model_dump(mode="json", exclude={"database_url"}),

@@ -6,7 +6,7 @@ Each release has a table of its own, so that a release is built beside the live 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field, replace
@@ -155,6 +155,35 @@ class Found:
             self.together[order],
             self.variant[order],
         )
+
+    def joined(self, other: Found) -> Found:
+        """Both, best first, those of one score by id. No item may be in both."""
+        if not self.product_ids or not other.product_ids:
+            return replace(self if self.product_ids else other, plan=self.plan)
+        both = Found(
+            self.product_ids + other.product_ids,
+            np.concatenate([self.scores, other.scores]),
+            np.concatenate([self.vectors, other.vectors]),
+            np.concatenate([self.std_ids, other.std_ids]),
+            np.concatenate([self.re_ids, other.re_ids]),
+            np.concatenate([self.price, other.price]),
+            self.titles + other.titles,
+            self.plan,
+            np.concatenate([self.together, other.together]),
+            np.concatenate([self.variant, other.variant]),
+        )
+        return both.take(np.lexsort((np.array(both.product_ids), -both.scores)))
+
+    def without(self, ids: Collection[str]) -> Found:
+        """The rows of other products."""
+        return self.take(np.array([row for row, id_ in enumerate(self.product_ids) if id_ not in ids], dtype=int))
+
+    def with_share(self, share: Found) -> Found:
+        """As many rows, those of `share` among them: they take the places of the last others."""
+        missing = share.without(set(self.product_ids))
+        others = self.without(set(share.product_ids))
+        kept = others.take(np.arange(max(0, len(others.product_ids) - len(missing.product_ids))))
+        return kept.joined(share)
 
 
 class Vectors:
@@ -484,23 +513,8 @@ def _linked(
 def _merged(linked: Found, nearest: Found, limit: int) -> Found:
     """The best of both, each item once. No item is missed: links only ever add, so whatever is ahead of an unlinked item by inner
     product stays ahead of it."""
-    known = set(linked.product_ids)
-    rest = nearest.take(np.array([row for row, id_ in enumerate(nearest.product_ids) if id_ not in known], dtype=int))
-    if not known or not rest.product_ids:
-        return replace(linked if known else nearest, plan=nearest.plan)
-    both = Found(
-        linked.product_ids + rest.product_ids,
-        np.concatenate([linked.scores, rest.scores]),
-        np.concatenate([linked.vectors, rest.vectors]),
-        np.concatenate([linked.std_ids, rest.std_ids]),
-        np.concatenate([linked.re_ids, rest.re_ids]),
-        np.concatenate([linked.price, rest.price]),
-        linked.titles + rest.titles,
-        nearest.plan,
-        np.concatenate([linked.together, rest.together]),
-        np.concatenate([linked.variant, rest.variant]),
-    )
-    return both.take(np.lexsort((np.array(both.product_ids), -both.scores))[:limit])
+    both = nearest.without(set(linked.product_ids)).joined(linked)
+    return replace(both.take(np.arange(min(limit, len(both.product_ids)))), plan=nearest.plan)
 
 
 def _query(

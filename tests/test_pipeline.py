@@ -63,11 +63,30 @@ def test_the_release_remembers_its_text_encoder_and_refuses_another(shop, tmp_pa
         train_user.main(train_user.UserOptions(**other.model_dump()))
 
 
+def test_products_that_nobody_met_have_their_share_of_the_candidates(asked):
+    """The best of them by the pipeline's own score, in place of the last others."""
+    store, recommender = asked
+    loaded = recommender.live()
+    ids = store.vectors.fetch(loaded.name, [product.product_id for product in store.products.read_features()])
+    untouched = {id_ for id_, row in zip(ids.product_ids, ids.vectors, strict=True) if row[loaded.untouched_column]}
+    assert len(untouched) >= 10
+    request = Request(context="office", k=100, now=NOW)
+    answer = recommender.recommend(request)
+    offered = [item.product_id for item in sorted(answer.items, key=lambda item: item.retrieval_rank)]
+    assert len(offered) == 100
+    assert len(untouched & set(offered)) >= 10
+    loaded.new_goods = 0.0
+    without = [item.product_id for item in sorted(recommender.recommend(request).items, key=lambda i: i.retrieval_rank)]
+    kept = [id_ for id_ in without if id_ in set(offered)]
+    assert kept == without[: len(kept)] or untouched & set(without)  # the last ones went
+    assert set(offered) - set(without) <= untouched
+
+
 def test_searches_are_as_wide_as_the_index_needs_and_a_bad_index_is_refused(asked, shop):
     """Rows turned about stand for an index that finds the wrong items: of the best 100, only what is near the middle."""
     store, recommender = asked
     release = Release.open(shop.models_dir)
-    data = ShopData.load(store, recommender.live().encoder, release.manifest["user_tower"]["popularity_days"])
+    data = ShopData.load(store, recommender.live().encoder, release.manifest["user_tower"]["popularity_windows"])
     rows, _ = build_index.index_rows(data, release)
     queries = build_index.queries_of_shoppers(data, release, data.links(data.now), 20)
 

@@ -150,16 +150,17 @@ def test_texts_that_do_not_differ_are_left_as_they_are(texts):
 def test_counts_are_of_the_window_before_the_moment():
     item = np.array([0, 0, 0, 1])
     at = np.array([0.0, 5.0, 9.0, 9.0]) * DAY
-    popularity = Popularity.fit(item, at, np.full(3, np.nan), [2.0, 100.0])
+    popularity = Popularity.fit(item, at, np.full(3, np.nan), [(2.0, 0.0), (100.0, 0.0)])
     assert popularity.counts(np.arange(3), 10 * DAY, 2.0).tolist() == [1, 1, 0]
     assert popularity.counts(np.arange(3), 10 * DAY, 100.0).tolist() == [3, 1, 0]
     assert popularity.counts(np.arange(3), 9 * DAY, 100.0).tolist() == [2, 0, 0]  # the moment itself is not past
+    assert popularity.counts(np.arange(3), 10 * DAY, 100.0, 2.0).tolist() == [2, 0, 0]  # what the two windows differ by
     assert popularity.counts(np.arange(3), -50 * DAY, 1.0).tolist() == [0, 0, 0]
     assert popularity.counts(np.arange(3), 9999 * DAY, 1.0).tolist() == [0, 0, 0]
 
 
 def test_the_last_coordinate_says_that_nothing_happened_yet():
-    popularity = Popularity.fit(np.array([0]), np.array([5.0 * DAY]), np.array([np.nan, 4 * DAY]), [7.0])
+    popularity = Popularity.fit(np.array([0]), np.array([5.0 * DAY]), np.array([np.nan, 4 * DAY]), [(7.0, 0.0)])
     assert popularity.coordinates(np.arange(2), 5 * DAY)[:, -1].tolist() == [1.0, 1.0]
     later = popularity.coordinates(np.arange(2), 6 * DAY)
     assert later[:, -1].tolist() == [0.0, 1.0]
@@ -176,7 +177,7 @@ def test_the_last_coordinate_says_that_nothing_happened_yet():
 )
 def test_counts_equal_plain_counting(item, data, as_of, days):
     at = np.array(data.draw(st.lists(st.integers(0, 30), min_size=len(item), max_size=len(item)))) * DAY
-    popularity = Popularity.fit(item, at, np.full(5, np.nan), [days])
+    popularity = Popularity.fit(item, at, np.full(5, np.nan), [(days, 0.0)])
     inside = (at < as_of * DAY) & (at >= (as_of - days) * DAY)
     assert (
         popularity.counts(np.arange(5), as_of * DAY, days).tolist() == np.bincount(item[inside], minlength=5).tolist()

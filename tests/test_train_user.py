@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from model_user import UserTower, UserTowerConfig
@@ -15,7 +17,7 @@ from shop_data import ShopData
 from store import EventLog
 from tensors import DAY, Histories, ItemFeatures, Popularity
 from text_encoder import Ragged
-from train_user import SampledSoftmax, UserOptions
+from train_user import SampledSoftmax, UserOptions, best
 from training import fit
 
 ITEMS, SHOPPERS, DAYS = 200, 30, 4  # more items than are mined for a request
@@ -40,7 +42,7 @@ def shop() -> ShopData:
     vectors = F.normalize(torch.from_numpy(random.normal(size=(ITEMS, 5)).astype(np.float32)), dim=-1).numpy()
     return ShopData(
         ItemFeatures(products, nothing, nothing, titles, nothing[:, 0]), vectors, np.ones(ITEMS), np.arange(ITEMS), histories,
-        Popularity.fit(histories.item, histories.at, np.zeros(ITEMS), [7.0]), [{}] * SHOPPERS,
+        Popularity.fit(histories.item, histories.at, np.zeros(ITEMS), [(7.0, 0.0)]), [{}] * SHOPPERS,
         np.zeros((1, 3), dtype=np.float32), float(histories.at.max()),
     )  # fmt: skip
 
@@ -72,3 +74,21 @@ def test_a_run_resumed_within_an_epoch_keeps_the_hard_negatives_of_its_start(sho
     assert left == steps - steps // 2 + 1
     for name, weight in expected.items():
         assert torch.equal(resumed[name], weight), name
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_best_keeps_a_share_of_the_untouched(data):
+    """Against the same said plainly: the best untouched first, filled up with the best others, put in order."""
+    count = data.draw(st.integers(1, 8))
+    logits = np.array(data.draw(st.permutations(range(12))), dtype=np.float32)
+    untouched = np.array(data.draw(st.lists(st.booleans(), min_size=12, max_size=12)))
+    new = data.draw(st.integers(0, 10))
+    met = data.draw(st.sets(st.integers(0, 11), max_size=4))
+    logits[list(met)] = -np.inf
+    reserved = [i for i in np.argsort(-logits) if untouched[i] and np.isfinite(logits[i])][: min(new, count)]
+    others = [i for i in np.argsort(-logits, kind="stable") if i not in reserved][: count - len(reserved)]
+    expected = sorted(logits[reserved + others].tolist(), reverse=True)
+    found = best(torch.from_numpy(logits)[None], count, torch.from_numpy(untouched), new)[0].numpy()
+    assert logits[found].tolist() == expected
+    assert set(reserved) <= set(found.tolist())
