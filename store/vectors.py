@@ -79,7 +79,7 @@ _LINKED = sql.SQL("""
             UNION ALL
             (SELECT product_id, 0, 1 FROM products WHERE group_id IN (
                 SELECT group_id FROM products WHERE product_id = ANY(%(history)s::text[])
-            ) LIMIT %(most_variants)s)
+            ) AND product_id <> ALL(%(history)s::text[]) LIMIT %(most_variants)s)
         ) AS every GROUP BY product_id
     ), best AS MATERIALIZED (
         SELECT v.product_id, together, variant,
