@@ -62,7 +62,8 @@ class ItemLinks:
         """How strongly what a shopper met is linked to each candidate.
 
         history int [B, T] and mask bool [B, T]; candidates int [C], distinct. Returns float32 [B, C] each: the sum of
-        `together` over the distinct items of the history, and 1 where a variant of one of them is meant.
+        `together` over the distinct items of the history, and 1 where a variant of one of them is meant that is not in the
+        history itself.
 
         targets int [B], in training: columns of `candidates` that the shopper of the row did take. Their own taking is left
         out of the count, or each example would find its answer written in the table.
@@ -95,6 +96,8 @@ class ItemLinks:
         places = np.repeat(first, count) + np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
         variant = np.zeros_like(together)
         variant[np.repeat(row, count), by_group[places]] = 1.0
+        met_column = column_of[met.indices]
+        variant[row[met_column >= 0], met_column[met_column >= 0]] = 0.0
         return np.maximum(together, 0.0), variant
 
     def of(self, item: int) -> tuple[np.ndarray, np.ndarray]:

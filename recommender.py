@@ -385,6 +385,8 @@ class Recommender:
         columns = [ITEM_DENSE.index(kind) for kind in kinds]
         spread = dense[:, columns].std(axis=0)
         above = (dense[row, columns] - dense[:, columns].mean(axis=0)) / np.where(spread > 0, spread, 1.0)
+        if not found.together[row]:
+            above[kinds.index("together")] = -np.inf  # where nothing else stands out, that of no link does not either
         return [Reason(("popular", "similar_shoppers", "taken_together", "match")[int(above.argmax())])]
 
     def allowed_values(self) -> dict[str, dict[str, str]]:

@@ -66,9 +66,10 @@ _EXACT = sql.SQL("""
 """)
 
 
-# What the items of a history are linked to (see item_links.py): taken together, or a variant of the same product. Variants are
-# looked up as they are now, so that a new colour is one at once. The materialised steps do what little there is to do before the
-# vectors are read.
+# What the items of a history are linked to (see item_links.py): taken together, or another variant of one product. Variants
+# are looked up as they are now, so that a new colour is one at once. Fifteen hundred rows may be met, so each is looked up once, in
+# the order of the key, and its product only when its turn comes: `ranked` is gone through in order, and most of it never is. A
+# filter that keeps few products comes first instead, as `kept`.
 _LINKED = sql.SQL("""
     WITH links AS MATERIALIZED (
         SELECT product_id, sum(together)::float4 AS together, max(variant)::float4 AS variant
@@ -79,14 +80,19 @@ _LINKED = sql.SQL("""
             UNION ALL
             (SELECT product_id, 0, 1 FROM products WHERE group_id IN (
                 SELECT group_id FROM products WHERE product_id = ANY(%(history)s::text[])
-            ) LIMIT %(most_variants)s)
+            ) AND product_id <> ALL(%(history)s::text[]) LIMIT %(most_variants)s)
         ) AS every GROUP BY product_id
+    ), scored AS MATERIALIZED (
+        SELECT product_id, vector <#> %(query)b AS distance FROM {vectors}
+        WHERE product_id = ANY(ARRAY(SELECT product_id FROM links {kept} ORDER BY product_id))
+            AND product_id <> ALL(%(exclude)s::text[]) AND product_id NOT IN {met}
+    ), ranked AS MATERIALIZED (
+        SELECT product_id, together, variant, -distance + %(together)s * together + %(variant)s * variant AS score
+        FROM scored JOIN links USING (product_id) ORDER BY score DESC, product_id
     ), best AS MATERIALIZED (
-        SELECT v.product_id, together, variant,
-            -(v.vector <#> %(query)b) + %(together)s * together + %(variant)s * variant AS score
-        FROM links JOIN {vectors} AS v USING (product_id) JOIN products AS p USING (product_id)
-        WHERE p.std IS NOT NULL AND v.product_id <> ALL(%(exclude)s::text[]) AND v.product_id NOT IN {met} AND {filters}
-        ORDER BY score DESC, product_id LIMIT %(limit)s
+        SELECT * FROM ranked
+        WHERE (SELECT std IS NOT NULL AND {filters} FROM products WHERE product_id = ranked.product_id)
+        LIMIT %(limit)s
     )
     SELECT product_id, score, {binary}, price, title, together, variant
     FROM best JOIN {vectors} USING (product_id) JOIN products USING (product_id)
@@ -347,7 +353,11 @@ class Vectors:
             found = self._nearest(connection, release, conditions, where, parameters, ef_search)
             if history is None or not history.product_ids:
                 return found
-            linked = _linked(connection, release, where, parameters, history)
+            kept = sql.SQL("JOIN products USING (product_id) WHERE {}").format(where)
+            linked = _linked(
+                connection, release, where, kept if found.plan == "exact" else sql.SQL(""), parameters, history,
+                prepare=False if conditions else None,
+            )  # fmt: skip
             return _merged(linked, found, limit)
 
     def _nearest(
@@ -499,15 +509,16 @@ def _exact_if_few(
 
 
 def _linked(
-    connection: Connection[Any], release: str, where: sql.Composable, parameters: dict[str, Any], history: History
-) -> Found:
+    connection: Connection[Any], release: str, where: sql.Composable, kept: sql.Composable, parameters: dict[str, Any],
+    history: History, prepare: bool | None,
+) -> Found:  # fmt: skip
     """The best of what the history is linked to."""
-    query = _LINKED.format(vectors=table_of(release), met=_MET, filters=where, binary=BINARY)
+    query = _LINKED.format(vectors=table_of(release), met=_MET, filters=where, kept=kept, binary=BINARY)
     parameters = parameters | {
         "history": list(history.product_ids), "together": history.together, "variant": history.variant,
         "most_variants": MOST_VARIANTS,
     }  # fmt: skip
-    return _found(_query(connection, {}, query, parameters, prepare=False), "")
+    return _found(_query(connection, {}, query, parameters, prepare), "")
 
 
 def _merged(linked: Found, nearest: Found, limit: int) -> Found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,11 +13,11 @@ import extract_features
 import train_user
 from catalog import Event, Product, RawProduct
 from datasets import sample_shop
-from recommender import Recommender, Request, UnavailableError
+from recommender import CANDIDATES, Answer, Recommender, Request, UnavailableError
 from release import ItemEncoder, Release
 from settings import UserError
-from shop_data import ShopData
-from store import Filters, Store
+from shop_data import Requests, ShopData
+from store import Filters, Found, Store
 from tests.conftest import TINY_SHOP
 from tests.tiny import tiny_text_encoder
 from text_encoder import TextEncoder
@@ -238,6 +239,106 @@ def test_a_product_put_later_is_read_by_the_aliases_its_release_was_trained_with
 def test_similar_items_of_something_unknown_is_a_lookup_error(asked):
     with pytest.raises(LookupError):
         asked[1].similar("ghost", 5)
+
+
+# ---------------------------------------------------------------------------------------------------------------- links
+def note_candidates(recommender: Recommender, monkeypatch) -> list[Found]:
+    """A list that the candidates of every request from here on are added to."""
+    found, candidates = [], recommender._candidates
+
+    def noted(*given):
+        found.append(candidates(*given))
+        return found[-1]
+
+    monkeypatch.setattr(recommender, "_candidates", noted)
+    return found
+
+
+def test_a_shopper_is_served_what_training_retrieves_for_them(new_shop, monkeypatch):
+    """Candidates, order, scores, links and the share of new goods, through the database and without it."""
+    with new_shop() as shop, Store.open(shop) as store:
+        recommender = Recommender(store, shop, TextEncoder.load(shop))
+        release, loaded = Release.open(shop.models_dir), recommender.live()
+        data = ShopData.load(store, loaded.encoder, release.manifest["user_tower"]["popularity_windows"])
+        tower = release.aligned_user_tower(data.items.product_ids)
+        users = np.flatnonzero(np.diff(data.histories.starts) > 3)[:20]
+        no_context = np.full(len(users), data.histories.contexts.index(""))
+        retrieved = train_user.retrieve(
+            tower, data, data.links(data.now), Requests(users, no_context, [users] * len(users), data.now),
+            release.profile_scaler().transform(data.profiles), tower.config.history, CANDIDATES,
+            round(loaded.new_goods * CANDIDATES),
+        )  # fmt: skip
+        found = note_candidates(recommender, monkeypatch)
+        for row, user in enumerate(users):
+            answer = recommender.recommend(Request(data.histories.user_ids[user], k=CANDIDATES, now=data.now))
+            ids = [data.items.product_ids[number] for number in retrieved.rows[row]]
+            assert [item.product_id for item in sorted(answer.items, key=lambda item: item.retrieval_rank)] == ids
+            np.testing.assert_allclose(found[-1].scores, retrieved.scores[row], atol=1e-3)
+            np.testing.assert_allclose(found[-1].together, retrieved.together[row], atol=1e-5)
+            np.testing.assert_array_equal(found[-1].variant, retrieved.variant[row])
+        assert retrieved.together.any(axis=1).all()
+        assert retrieved.variant.any(axis=1).sum() > len(users) / 2
+
+
+def test_links_count_whether_or_not_what_was_met_may_come_again(asked, monkeypatch):
+    store, recommender = asked
+    commerce = store.products.read_commerce()
+    groups = [group for group in commerce.group_id if group is not None and commerce.group_id.count(group) > 1]
+    recommender.live()
+    found = note_candidates(recommender, monkeypatch)
+    for exclude_history in (True, False):
+        again = 0
+        for group in dict.fromkeys(groups):
+            met, *variants = (
+                name for name, of in zip(commerce.product_ids, commerce.group_id, strict=True) if of == group
+            )
+            recommender.recommend(Request(history=[met], k=100, now=NOW, exclude_history=exclude_history))
+            names = found[-1].product_ids
+            expected = [float(name in variants) for name in names]  # nothing is a variant of itself
+            assert found[-1].variant.tolist() == expected
+            again += met in names
+        assert bool(again) is not exclude_history
+        assert any(answer.together.any() for answer in found)
+        assert any(answer.variant.any() for answer in found)
+        found.clear()
+
+
+def put_bare(store: Store, recommender: Recommender, product_id: str, group_id: str | None = None) -> None:
+    """A product that costs next to nothing and of which nothing is known but its name."""
+    store.products.put([RawProduct(product_id=product_id, title=product_id, price=1.0, group_id=group_id)])
+    bare = Product(product_id=product_id, title=product_id)
+    store.products.put_features([bare], origin="test")
+    recommender.index(recommender.live(), [bare])
+
+
+def reasons(answer: Answer) -> dict[str, list[str]]:
+    """Kinds, of each item."""
+    return {item.product_id: [reason.kind for reason in item.reasons] for item in answer.items}
+
+
+def test_an_item_that_shares_no_word_is_there_as_a_variant_or_as_taken_together(new_shop):
+    with new_shop() as shop, Store.open(shop) as store:
+        recommender = Recommender(store, shop, TextEncoder.load(shop))
+        name, cheap = recommender.live().name, Filters(max_price=1.0)
+        for product_id, group in [("red", "colours"), ("blue", "colours"), ("belt", None), ("trousers", None)]:
+            put_bare(store, recommender, product_id, group)
+        linked = replace(store.vectors.fetch(name, ["trousers"]), product_ids=["jeans"], linked=[["belt"]])
+        store.vectors.upsert(name, replace(linked, link_strength=[[0.9]]))
+        of_red = reasons(recommender.recommend(Request(history=["red"], filters=cheap, now=NOW)))
+        assert of_red.keys() == {"blue", "belt", "trousers"}
+        assert of_red["blue"] == ["variant"]
+        assert not {"variant", "taken_together"} & {*of_red["belt"], *of_red["trousers"]}
+        of_jeans = reasons(recommender.recommend(Request(history=["jeans"], filters=cheap, now=NOW)))
+        assert of_jeans["belt"] == ["taken_together"]
+        assert not {"variant", "taken_together"} & {*of_jeans["red"], *of_jeans["trousers"]}
+
+
+def test_nothing_is_taken_together_with_nothing(asked):
+    for context in ("", "beach vacation"):
+        answer = asked[1].recommend(Request(context=context, k=100, now=NOW))
+        kinds = {kind for of_item in reasons(answer).values() for kind in of_item}
+        assert not kinds & {"taken_together", "variant"}
+        assert len(kinds) > 1
 
 
 def test_without_the_database_the_popular_list_answers_and_a_filter_cannot(asked):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -12,7 +13,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from catalog import Event, Product, RawProduct, User
 from settings import Settings
-from store import Filters, ItemRows, Store, UserState, vectors
+from store import Filters, History, ItemRows, Store, UserState, vectors
 
 RELEASE = "20260101-120000"
 N, D = 600, 8
@@ -27,10 +28,20 @@ QUERIES = (CENTRES[:6] + 0.1 * RANDOM.normal(size=(6, D))).astype(np.float32)
 STD_IDS = np.stack([CLUSTER, np.zeros(N, dtype=int)], axis=1).astype(np.int32)
 RE_IDS = np.arange(3 * N, dtype=np.int32).reshape(N, 3)
 
+LINKED = "linked"
+OTHERS = np.stack([RANDOM.permutation(np.delete(np.arange(N), i))[:12] for i in range(N)])
+STRENGTH = RANDOM.random(OTHERS.shape).astype(np.float32)
+WEIGHTS = (8.0, 3.0)  # of a strength of 1, of a variant
+
 
 def rows(numbers) -> ItemRows:
     numbers = list(numbers)
     return ItemRows([IDS[number] for number in numbers], VECTORS[numbers], STD_IDS[numbers], RE_IDS[numbers])
+
+
+def with_links(numbers) -> ItemRows:
+    names = [[IDS[other] for other in OTHERS[number]] for number in numbers]
+    return replace(rows(numbers), linked=names, link_strength=STRENGTH[list(numbers)].tolist())
 
 
 def import_products(store: Store, numbers) -> None:
@@ -72,6 +83,28 @@ def indexed_template(template, new_database) -> Iterator[str]:
         with open_url(url) as store:
             store.vectors.build_index(RELEASE)
         yield str(conninfo_to_dict(url)["dbname"])
+
+
+@pytest.fixture(scope="module")
+def linked_template(template, new_database) -> Iterator[str]:
+    """The first half of the products are variants of each other, three by three; release LINKED has links as well."""
+    with new_database(template) as url:
+        with open_url(url) as store:
+            with store.pool.connection() as connection:
+                for i in range(N // 2):
+                    connection.execute(
+                        "UPDATE products SET group_id = %s WHERE product_id = %s", (f"g{i // 3}", IDS[i])
+                    )
+            store.vectors.create(LINKED, D)
+            store.vectors.copy(LINKED, with_links(range(N)))
+        yield str(conninfo_to_dict(url)["dbname"])
+
+
+@pytest.fixture
+def linked(linked_template, new_database) -> Iterator[Store]:
+    """N products with vectors, links and variants, not indexed."""
+    with new_database(linked_template) as url, open_url(url) as store:
+        yield store
 
 
 @pytest.fixture
@@ -324,6 +357,172 @@ def test_many_searches_on_one_connection_stay_right(indexed):
         assert indexed.vectors.search(RELEASE, query, LIMIT).plan == "hnsw"
         narrow = indexed.vectors.search(RELEASE, query, LIMIT, Filters(max_price=20))
         assert narrow.product_ids == best(query, [i for i in range(21) if i % 10 != 9])
+
+
+# --- links ------------------------------------------------------------------------------------------------------------
+
+
+def history(*numbers: int, weights: tuple[float, float] = WEIGHTS) -> History:
+    return History([IDS[number] for number in numbers], *weights)
+
+
+def gains(met: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Strength of the links and whether it is a variant, of every product: [N] each."""
+    together = np.zeros(N)
+    np.add.at(together, OTHERS[met], STRENGTH[met])
+    groups = {number // 3 for number in met if number < N // 2}
+    variant = [number < N // 2 and number // 3 in groups and number not in met for number in range(N)]
+    return together, np.array(variant, dtype=float)
+
+
+HISTORIES = [[5], [450], [0, 1, 2], [599, 300, 7, 450], list(range(0, 90, 3))]
+
+
+@pytest.mark.parametrize("limit", [1, LIMIT, N])
+@pytest.mark.parametrize("met", HISTORIES)
+def test_with_a_history_links_count_as_much_as_inner_products(linked, met, limit):
+    together, variant = gains(met)
+    for query in QUERIES:
+        scores = VECTORS @ query + WEIGHTS[0] * together + WEIGHTS[1] * variant
+        order = np.argsort(-scores)[:limit]
+        found = linked.vectors.search(LINKED, query, limit, history=history(*met))
+        assert found.product_ids == [IDS[number] for number in order]
+        np.testing.assert_allclose(found.scores, scores[order], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found.together, together[order], rtol=1e-5)
+        np.testing.assert_array_equal(found.variant, variant[order])
+        np.testing.assert_array_equal(found.vectors, VECTORS[order])
+        np.testing.assert_array_equal(found.std_ids, STD_IDS[order])
+        np.testing.assert_array_equal(found.re_ids, RE_IDS[order])
+        np.testing.assert_array_equal(found.price, [np.nan if i % 10 == 9 else i for i in order])
+
+
+@pytest.mark.parametrize("indexed_first", [False, True])
+@pytest.mark.parametrize(
+    ("filters", "keeps"),
+    [
+        (Filters(std={"cluster": ["c1", "c2"]}), lambda i: CLUSTER[i] in (1, 2)),
+        (Filters(in_stock=True, max_price=200), lambda i: i % 2 == 0 and i <= 200),
+        (Filters(min_price=10), lambda i: i >= 10 and i % 10 != 9),
+        (Filters(std={"cluster": []}), lambda i: False),
+    ],
+)
+def test_links_lead_to_nothing_that_is_filtered_excluded_or_met(linked, indexed_first, filters, keeps):
+    met, excluded, seen = [5, 450, 33], list(OTHERS[5][:4]), [*OTHERS[450][:4], 4]
+    at = datetime(2026, 1, 1, tzinfo=UTC)
+    linked.events.put([Event(user_id="u", product_id=IDS[number], kind="view", at=at) for number in seen])
+    if indexed_first:
+        linked.vectors.build_index(LINKED)
+    together, variant = gains(met)
+    scores = VECTORS @ QUERIES[0] + WEIGHTS[0] * together + WEIGHTS[1] * variant
+    left = [i for i in np.argsort(-scores) if keeps(i) and i not in excluded and i not in seen]
+    found = linked.vectors.search(
+        LINKED, QUERIES[0], LIMIT, filters, [IDS[number] for number in excluded], met_by="u", history=history(*met)
+    )
+    numbers = [IDS.index(product_id) for product_id in found.product_ids]
+    assert len(numbers) == min(LIMIT, len(left))
+    assert set(numbers) <= set(left)
+    if found.plan == "exact":
+        assert numbers == left[:LIMIT]
+    assert_linked_come_first(numbers, left[:LIMIT], together + variant)
+
+
+def assert_linked_come_first(numbers: list[int], expected: list[int], gain: np.ndarray) -> None:
+    """An index may miss an item here and there, but none that is linked: those stand in their order, and others below fill up."""
+    linked = [number for number in expected if gain[number]]
+    assert [number for number in numbers if gain[number]][: len(linked)] == linked
+
+
+def test_with_an_index_too_the_linked_come_where_they_belong(linked):
+    linked.vectors.build_index(LINKED)
+    met = HISTORIES[-1]
+    together, variant = gains(met)
+    for query in [*QUERIES, *QUERIES]:  # the statement is prepared meanwhile
+        scores = VECTORS @ query + WEIGHTS[0] * together + WEIGHTS[1] * variant
+        found = linked.vectors.search(LINKED, query, LIMIT, history=history(*met))
+        numbers = [IDS.index(product_id) for product_id in found.product_ids]
+        assert found.plan == "hnsw"
+        np.testing.assert_allclose(found.scores, scores[numbers], rtol=1e-5, atol=1e-5)
+        assert (np.diff(found.scores) <= 0).all()
+        assert_linked_come_first(numbers, np.argsort(-scores)[:LIMIT].tolist(), together + variant)
+
+
+def test_what_is_equally_good_comes_by_id(linked):
+    """Vectors alike; what the only item of the history is linked to comes first, all equally strongly."""
+    alike = replace(rows(range(N)), vectors=np.ones((N, D), dtype=np.float32))
+    linked.vectors.create("alike", D)
+    others = [["p500", "p200", "p300"], *[[]] * (N - 1)]
+    linked.vectors.copy("alike", replace(alike, linked=others, link_strength=[[0.5] * 3, *[[]] * (N - 1)]))
+    for limit in (2, 4, 7):
+        found = linked.vectors.search(
+            "alike", np.ones(D, dtype=np.float32), limit, history=history(0, weights=(2.0, 1.0))
+        )
+        assert found.product_ids == ["p001", "p002", "p200", "p300", "p500", "p000", "p003"][:limit]
+        assert found.scores.tolist() == [D + 1.0, D + 1.0, D + 1.0, D + 1.0, D + 1.0, D, D][:limit]
+        assert found.together.tolist() == [0.0, 0.0, 0.5, 0.5, 0.5, 0.0, 0.0][:limit]
+        assert found.variant.tolist() == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0][:limit]
+
+
+def test_a_history_without_links_and_one_of_unknown_items_change_nothing(linked):
+    plain = linked.vectors.search(LINKED, QUERIES[0], LIMIT)
+    for release, given in [
+        (LINKED, History([], *WEIGHTS)),
+        (LINKED, History(["nobody", ""], *WEIGHTS)),
+        (RELEASE, history(450)),  # of a release that has none, an item without variants
+    ]:
+        found = linked.vectors.search(release, QUERIES[0], LIMIT, history=given)
+        assert found.product_ids == plain.product_ids
+        assert found.plan == "exact"
+        np.testing.assert_array_equal(found.scores, plain.scores)
+        assert not found.together.any()
+        assert not found.variant.any()
+    mixed = linked.vectors.search(LINKED, QUERIES[0], LIMIT, history=History(["nobody", IDS[5], IDS[5]], *WEIGHTS))
+    alone = linked.vectors.search(LINKED, QUERIES[0], LIMIT, history=history(5))
+    assert mixed.product_ids == alone.product_ids
+    np.testing.assert_array_equal(mixed.scores, alone.scores)
+
+
+def test_links_to_what_is_deleted_unread_or_without_a_vector_lead_nowhere(linked):
+    deleted, unread, bare = (IDS[number] for number in OTHERS[450][:3])
+    variant = IDS[4]
+    linked.products.delete([deleted, variant])
+    with linked.pool.connection() as connection:
+        connection.execute("UPDATE products SET std = NULL WHERE product_id = %s", (unread,))
+        connection.execute(f"DELETE FROM item_vectors_{LINKED} WHERE product_id = %s", (bare,))
+    found = linked.vectors.search(LINKED, QUERIES[0], N, history=history(450, 3))
+    assert len(found.product_ids) == N - 4
+    assert not {deleted, unread, bare, variant} & set(found.product_ids)
+
+
+def test_links_from_what_is_no_longer_sold_still_count(linked):
+    linked.products.delete([IDS[450]])
+    found = linked.vectors.search(LINKED, QUERIES[0], N, history=history(450))
+    assert sum(found.together > 0) == len(OTHERS[450])
+
+
+def test_a_new_variant_is_one_at_once(linked):
+    linked.products.put([RawProduct(product_id="new", title="t", group_id="g1")])
+    linked.products.put_features([Product(product_id="new", title="t", std={"all": ["yes"]})], origin="o")
+    linked.vectors.upsert(LINKED, ItemRows(["new"], -QUERIES[:1], STD_IDS[:1], RE_IDS[:1]))
+    for filters in (Filters(), Filters(std={"all": ["yes"]})):
+        found = linked.vectors.search(LINKED, QUERIES[0], LIMIT, filters, history=history(3, weights=(0.1, 1000.0)))
+        assert set(found.product_ids[:3]) == {IDS[4], IDS[5], "new"}
+        assert found.variant.tolist() == [1.0] * 3 + [0.0] * (LIMIT - 3)
+
+
+def test_upserting_an_item_keeps_its_links(linked):
+    before = linked.vectors.search(LINKED, QUERIES[0], N, history=history(450))
+    linked.vectors.upsert(LINKED, rows([450]))
+    after = linked.vectors.search(LINKED, QUERIES[0], N, history=history(450))
+    assert before.together.any()
+    np.testing.assert_array_equal(before.together, after.together)
+
+
+def test_of_a_product_of_endless_variants_only_some_are_looked_at(linked, monkeypatch):
+    monkeypatch.setattr(vectors, "MOST_VARIANTS", 5)
+    with linked.pool.connection() as connection:
+        connection.execute("UPDATE products SET group_id = 'slip'")
+    found = linked.vectors.search(LINKED, QUERIES[0], N, history=history(450))
+    assert found.variant.sum() == 5
 
 
 # --- the state of a shopper -------------------------------------------------------------------------------------------

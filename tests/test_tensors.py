@@ -13,16 +13,21 @@ from catalog import FeatureSchema, Product
 from store import EventLog
 from tensors import (
     DAY,
+    ITEM_DENSE,
+    Candidates,
     Histories,
     ItemLayout,
+    Past,
     Popularity,
     PriceScale,
     ProfileScaler,
     TextScaler,
     distinct,
+    item_dense_names,
     item_features,
     most_common_ids,
     re_row,
+    rerank_batch,
     std_row,
 )
 from text_encoder import Ragged
@@ -236,3 +241,24 @@ def test_an_unknown_price_is_the_centre():
     prices = PriceScale.fit(np.array([10.0, 20.0, np.nan]))
     assert prices.transform(np.array([np.nan]))[0] == 0.0
     assert prices.transform(np.array([10.0]))[0] == pytest.approx(-1.0)
+
+
+def test_links_reach_the_reranker_under_their_names():
+    """Two lists of three candidates; strengths by their logarithm, so that strong ones do not drown the rest."""
+    one = np.ones((2, 3, 1), dtype=np.int64)
+    together = np.array([[0.0, 0.1, 0.7], [0.3, 0.0, 0.0]], dtype=np.float32)
+    variant = np.array([[0.0, 1.0, 0.0], [1.0, 1.0, 0.0]], dtype=np.float32)
+    rows = np.zeros((2, 3, 4), dtype=np.float32)
+    candidates = Candidates(rows[:, 0], rows, np.zeros((2, 3)), together, variant, one, one, np.full((2, 3), np.nan))
+    past = Past(
+        np.zeros((2, 1, 2), dtype=np.float32), np.zeros((2, 1), dtype=bool), one[:, :1], one[:, :1], np.full((2, 1), np.nan),
+        np.zeros((2, 0), dtype=np.float32),
+    )  # fmt: skip
+    dense = rerank_batch(candidates, past, PriceScale(0.0, 1.0), item_width=2, popularity_width=1).item_dense.numpy()
+    names = item_dense_names(1)
+    assert dense.shape == (2, 3, len(names))
+    np.testing.assert_allclose(dense[:, :, names.index("together")], np.log1p(10 * together), rtol=1e-6)
+    np.testing.assert_array_equal(dense[:, :, names.index("variant")], variant)
+    others = [number for number, name in enumerate(names) if name not in ("together", "variant", "log_rank")]
+    assert not dense[:, :, others].any()
+    assert set(names) > set(ITEM_DENSE)

@@ -12,39 +12,48 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from item_links import ItemLinks
 from model_user import UserTower, UserTowerConfig
-from shop_data import ShopData
+from shop_data import Requests, ShopData
 from store import EventLog
 from tensors import DAY, Histories, ItemFeatures, Popularity
 from text_encoder import Ragged
-from train_user import SampledSoftmax, UserOptions, best
+from train_user import SampledSoftmax, UserOptions, best, retrieve
 from training import fit
 
 ITEMS, SHOPPERS, DAYS = 200, 30, 4  # more items than are mined for a request
 
 
+def shop_of(
+    user: np.ndarray, product: np.ndarray, day: np.ndarray, items: int, group: np.ndarray | None = None
+) -> ShopData:
+    """Events in time order, on items with random vectors; every item alone in its group unless told otherwise."""
+    random, shoppers = np.random.default_rng(0), int(user.max()) + 1
+    users = [f"u{number:03}" for number in range(shoppers)]
+    products = [f"p{number:03}" for number in range(items)]
+    log = EventLog(
+        users, products, ["view"], [""], user=user, product=product, kind=np.zeros(len(user), dtype=np.int8), at=day * DAY,
+        context=np.zeros(len(user), dtype=np.int32),
+    )  # fmt: skip
+    histories = Histories.build(log, products)
+    nothing = np.zeros((items, 1), dtype=np.int32)
+    titles = Ragged(np.zeros((0, 3), dtype=np.float32), np.zeros(2, dtype=np.int64))
+    vectors = F.normalize(torch.from_numpy(random.normal(size=(items, 5)).astype(np.float32)), dim=-1).numpy()
+    return ShopData(
+        ItemFeatures(products, nothing, nothing, titles, nothing[:, 0]), vectors, np.ones(items),
+        np.arange(items) if group is None else group, histories,
+        Popularity.fit(histories.item, histories.at, np.zeros(items), [(7.0, 0.0)]), [{}] * shoppers,
+        np.zeros((1, 3), dtype=np.float32), float(histories.at.max()),
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def shop() -> ShopData:
     """Every shopper meets two random items a day."""
-    random = np.random.default_rng(0)
     events = SHOPPERS * DAYS * 2
-    users = [f"u{number:02}" for number in range(SHOPPERS)]
-    products = [f"p{number:03}" for number in range(ITEMS)]
-    log = EventLog(
-        users, products, ["view"], [""],
-        user=np.tile(np.arange(SHOPPERS), DAYS * 2), product=random.integers(0, ITEMS, events),
-        kind=np.zeros(events, dtype=np.int8), at=np.repeat(np.arange(DAYS), SHOPPERS * 2) * DAY,
-        context=np.zeros(events, dtype=np.int32),
-    )  # fmt: skip
-    histories = Histories.build(log, products)
-    nothing = np.zeros((ITEMS, 1), dtype=np.int32)
-    titles = Ragged(np.zeros((0, 3), dtype=np.float32), np.zeros(2, dtype=np.int64))
-    vectors = F.normalize(torch.from_numpy(random.normal(size=(ITEMS, 5)).astype(np.float32)), dim=-1).numpy()
-    return ShopData(
-        ItemFeatures(products, nothing, nothing, titles, nothing[:, 0]), vectors, np.ones(ITEMS), np.arange(ITEMS), histories,
-        Popularity.fit(histories.item, histories.at, np.zeros(ITEMS), [(7.0, 0.0)]), [{}] * SHOPPERS,
-        np.zeros((1, 3), dtype=np.float32), float(histories.at.max()),
-    )  # fmt: skip
+    product = np.random.default_rng(0).integers(0, ITEMS, events)
+    day = np.repeat(np.arange(DAYS), SHOPPERS * 2)
+    return shop_of(np.tile(np.arange(SHOPPERS), DAYS * 2), product, day, ITEMS)
 
 
 def train(shop: ShopData, folder: Path, killed_at: int = 0) -> tuple[dict[str, torch.Tensor], int]:
@@ -92,3 +101,101 @@ def test_best_keeps_a_share_of_the_untouched(data):
     found = best(torch.from_numpy(logits)[None], count, torch.from_numpy(untouched), new)[0].numpy()
     assert logits[found].tolist() == expected
     assert set(reserved) <= set(found.tolist())
+
+
+# --------------------------------------------------------------------------------------------------------------- links
+PAIRS = 24
+OFTEN = 5  # shoppers who take both items of a pair
+
+
+def pairs_shop(often: int, group: np.ndarray | None = None) -> ShopData:
+    """A checkerboard of pairs, item 2n and item 2n + 1: of each, `often` shoppers take the one and two days later the other,
+    and one shopper, the last of all, only the first. Vectors know nothing of it."""
+    pair = np.repeat(np.arange(PAIRS), often)
+    both, alone = np.arange(PAIRS * often), PAIRS * often + np.arange(PAIRS)
+    return shop_of(
+        np.concatenate([both, alone, both]), np.concatenate([2 * pair, 2 * np.arange(PAIRS), 2 * pair + 1]),
+        np.concatenate([np.zeros(len(both) + PAIRS), np.full(len(both), 2.0)]), 2 * PAIRS, group,
+    )  # fmt: skip
+
+
+def tower_without_collaborative(shop: ShopData) -> UserTower:
+    torch.manual_seed(0)
+    items = len(shop.items)
+    return UserTower(
+        UserTowerConfig(items, 5, shop.popularity.width, 0, 3, collaborative=0, width=16, heads=2, dropout=0.0)
+    )
+
+
+def losses(shop: ShopData, weights: tuple[float, float], forget: float = 0.0) -> list[float]:
+    """The loss of every target alone, the tower untrained, when links weigh so much more than at the start."""
+    tower = tower_without_collaborative(shop)
+    tower.link_growth.data = torch.tensor(weights)
+    softmax = SampledSoftmax(shop, tower, UserOptions(_env_file=None, forget=forget), 0.0, shop.now)
+    return [softmax.loss(tower, np.array([row])).item() for row in softmax.targets]
+
+
+def test_an_example_does_not_find_its_answer_in_the_table():
+    """Where nobody but the shopper took a pair, its link is worth nothing; where others did, it is."""
+    assert losses(pairs_shop(1), (0.0, 0.0)) == losses(pairs_shop(1), (0.1, 0.0))
+    for weak, strong in zip(losses(pairs_shop(2), (0.0, 0.0)), losses(pairs_shop(2), (0.1, 0.0)), strict=True):
+        assert strong < weak - 0.1
+
+
+def test_variants_of_what_was_met_weigh_in_the_loss():
+    group = np.arange(2 * PAIRS) // 2
+    for weak, strong in zip(
+        losses(pairs_shop(1, group), (0.0, -1.0)), losses(pairs_shop(1, group), (0.0, 0.0)), strict=True
+    ):
+        assert strong < weak - 0.1
+
+
+def test_a_hidden_history_links_to_nothing():
+    group = np.arange(2 * PAIRS) // 2
+    hidden = 1.0 - 1e-7
+    shop = pairs_shop(OFTEN, group)
+    assert losses(shop, (0.0, 0.0), hidden) == losses(shop, (0.1, 0.1), hidden)
+    assert losses(shop, (0.0, 0.0)) != losses(shop, (0.1, 0.1))
+
+
+def test_partners_are_retrieved_first_when_links_alone_know_them(tmp_path):
+    shop = pairs_shop(OFTEN)
+    given = UserOptions(_env_file=None, epochs=4, batch_size=16, learning_rate=0.01, collaborative=0)
+    tower = tower_without_collaborative(shop)
+    softmax = SampledSoftmax(shop, tower, given, 0.0, shop.now)
+    fit(
+        tower, softmax.batches, softmax.loss, lambda model: {"epochs": 0.0}, "epochs", given, tmp_path, "user",
+        keep_best=False,
+    )  # fmt: skip
+    assert tower.link_weights[0] > UserTower(tower.config).link_weights[0]  # learned to trust them
+    users = PAIRS * OFTEN + np.arange(PAIRS)
+    requests = Requests(users, np.zeros(PAIRS, dtype=np.int64), [np.array([2 * n + 1]) for n in range(PAIRS)], shop.now)
+    profiles = np.zeros((PAIRS * (OFTEN + 1), 0), dtype=np.float32)
+
+    found = retrieve(tower, shop, shop.links(shop.now), requests, profiles, 30, 10)
+    assert found.rows[:, 0].tolist() == [2 * n + 1 for n in range(PAIRS)]
+    damping = 1 / np.sqrt([OFTEN + 1 + 3, OFTEN + 3])  # of the item that the last shoppers took too, and of its partner
+    np.testing.assert_allclose(found.together[:, 0], OFTEN * damping.prod(), rtol=1e-5)
+    assert not found.together[:, 1:].any()
+    assert not found.variant.any()
+
+    none = np.zeros(0, dtype=np.int64)
+    unlinked = retrieve(tower, shop, ItemLinks.build(none, none, shop.group), requests, profiles, 30, 10)
+    assert (unlinked.rows[:, 0] == found.rows[:, 0]).mean() < 0.5
+
+
+def test_requests_are_taken_and_joined_with_all_that_belongs_to_them():
+    shop = pairs_shop(OFTEN)
+    requests = Requests(np.arange(6), np.zeros(6, dtype=np.int64), [np.array([1])] * 6, shop.now)
+    found = retrieve(
+        tower_without_collaborative(shop).eval(),
+        shop,
+        shop.links(DAY),
+        requests,
+        np.zeros((6, 0), dtype=np.float32),
+        30,
+        10,
+    )
+    again = type(found).joined([found.take(np.array([0, 1])), found.take(np.array([2, 3, 4, 5]))])
+    for name in ("rows", "scores", "together", "variant", "queries"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(again, name))
