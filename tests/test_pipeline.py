@@ -17,7 +17,7 @@ from recommender import CANDIDATES, Answer, Recommender, Request, UnavailableErr
 from release import ItemEncoder, Release
 from settings import UserError
 from shop_data import Requests, ShopData
-from store import Filters, Found, Store
+from store import Filters, Found, Store, UserState
 from tests.conftest import TINY_SHOP
 from tests.tiny import tiny_text_encoder
 from text_encoder import TextEncoder
@@ -64,23 +64,31 @@ def test_the_release_remembers_its_text_encoder_and_refuses_another(shop, tmp_pa
         train_user.main(train_user.UserOptions(**other.model_dump()))
 
 
-def test_products_that_nobody_met_have_their_share_of_the_candidates(asked):
-    """The best of them by the pipeline's own score, in place of the last others."""
-    store, recommender = asked
-    loaded = recommender.live()
-    ids = store.vectors.fetch(loaded.name, [product.product_id for product in store.products.read_features()])
-    untouched = {id_ for id_, row in zip(ids.product_ids, ids.vectors, strict=True) if row[loaded.untouched_column]}
-    assert len(untouched) >= 10
-    request = Request(context="office", k=100, now=NOW)
-    answer = recommender.recommend(request)
-    offered = [item.product_id for item in sorted(answer.items, key=lambda item: item.retrieval_rank)]
-    assert len(offered) == 100
-    assert len(untouched & set(offered)) >= 10
-    loaded.new_goods = 0.0
-    without = [item.product_id for item in sorted(recommender.recommend(request).items, key=lambda i: i.retrieval_rank)]
-    kept = [id_ for id_ in without if id_ in set(offered)]
-    assert kept == without[: len(kept)] or untouched & set(without)  # the last ones went
-    assert set(offered) - set(without) <= untouched
+def test_products_that_nobody_met_have_their_share_of_the_candidates(new_shop):
+    """Thirty of them: the best ten take the places of the last of the others, and keep the scores they have."""
+    with new_shop() as shop, Store.open(shop) as store:
+        recommender = Recommender(store, shop, TextEncoder.load(shop))
+        new = [RawProduct(product_id=f"new{number:02}", title=f"Sock number {number}") for number in range(30)]
+        reader = extract_features.make_reader(extract_features.ReaderSettings(_env_file=None), store.cache)
+        assert not recommender.put_products(new, reader)
+        loaded, request = recommender.live(), Request(context="office", k=100, now=NOW)
+
+        def candidates() -> Found:
+            nobody = UserState.empty(loaded.user_tower.config.row_width)
+            _, batch = recommender._user_tensors(loaded, request, nobody, NOW)
+            return recommender._candidates(loaded, loaded.user_tower(batch).detach().numpy()[0], request, nobody)
+
+        with_share = candidates()
+        loaded.new_goods = 0.0
+        without = candidates()
+    column = loaded.untouched_column
+    reserved = [name for name, row in zip(with_share.product_ids, with_share.vectors, strict=True) if row[column]]
+    assert len(with_share.product_ids) == 100
+    assert len(reserved) == 10
+    met = [name for name, row in zip(without.product_ids, without.vectors, strict=True) if not row[column]]
+    assert len(met) > 90  # popularity outweighs what the others are like
+    assert [name for name in with_share.product_ids if name not in reserved] == met[:90]
+    assert (np.diff(with_share.scores) <= 0).all()
 
 
 def test_searches_are_as_wide_as_the_index_needs_and_a_bad_index_is_refused(asked, shop):
