@@ -65,6 +65,7 @@ class Lists:
     found: Retrieved
     positive: np.ndarray  # bool [L, N]
     answers: np.ndarray  # int [L], all right answers, retrieved or not
+    known: np.ndarray  # bool [L], the shopper had a history
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -76,7 +77,18 @@ class Lists:
             Retrieved.joined([part.found for part in parts]),
             np.concatenate([part.positive for part in parts]),
             np.concatenate([part.answers for part in parts]),
+            np.concatenate([part.known for part in parts]),
         )
+
+    def weights(self, which: np.ndarray) -> np.ndarray:
+        """Of the lists `which`, so that shoppers with a history and strangers count the same: float64 [K], with a sum of K.
+
+        A shop's strangers are many and easy to please with what is popular; left alone they would decide how everybody's
+        list is ordered.
+        """
+        share = self.known[which].mean()
+        weights = np.where(self.known[which], 1.0 / max(share, 1e-9), 1.0 / max(1.0 - share, 1e-9))
+        return weights * len(which) / weights.sum()
 
 
 def ndcg(positive_in_order: np.ndarray, answers: np.ndarray, count: int) -> np.ndarray:
@@ -152,6 +164,7 @@ def replay(shop: ShopData, release: Release, options: RerankerOptions) -> tuple[
             Lists(
                 [(int(user), int(context), float(begin)) for user, context in pairs], retrieved.take(useful),
                 positive[useful], np.array([len(answer) for answer in requests.answers])[useful],
+                shop.history_as_of(requests.users[useful], float(begin), 1).mask.any(axis=1),
             )
         )  # fmt: skip
         popularity = torch.from_numpy(shop.popularity.coordinates(np.arange(len(shop.items)), float(begin)))
@@ -198,13 +211,17 @@ def main(options: RerankerOptions) -> None:
     held_out = np.isin(users, shoppers[: max(1, len(shoppers) // 5)])
     train_rows, validation_rows = np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
+    weight_of = lists.weights(np.arange(len(lists)))
+    validation_weights = lists.weights(validation_rows)
+
     def logits(deepfm: nn.Module, which: np.ndarray) -> Tensor:
         return deepfm(deepfm_input(features.batch(which))).view(len(which), -1)
 
     def loss(deepfm: nn.Module, which: np.ndarray) -> Tensor:
         positive = torch.from_numpy(lists.positive[which]).float()
         target = positive / positive.sum(1, keepdim=True)
-        return F.cross_entropy(logits(deepfm, which), target)
+        weight = torch.from_numpy(weight_of[which]).float()
+        return (F.cross_entropy(logits(deepfm, which), target, reduction="none") * weight).mean()
 
     def validate(deepfm: nn.Module) -> dict[str, float]:
         parts = [logits(deepfm, validation_rows[i : i + 256]) for i in range(0, len(validation_rows), 256)]
@@ -212,9 +229,13 @@ def main(options: RerankerOptions) -> None:
         answers = lists.answers[validation_rows]
         retrieved = lists.positive[validation_rows]
         reranked = np.take_along_axis(retrieved, order, axis=1)
+        own, before = ndcg(reranked, answers, NDCG_AT), ndcg(retrieved, answers, NDCG_AT)
+        known = lists.known[validation_rows]
         return {
-            f"ndcg@{NDCG_AT}": float(ndcg(reranked, answers, NDCG_AT).mean()),
-            f"ndcg@{NDCG_AT} of retrieval": float(ndcg(retrieved, answers, NDCG_AT).mean()),
+            f"ndcg@{NDCG_AT}": float(np.average(own, weights=validation_weights)),
+            f"ndcg@{NDCG_AT} of retrieval": float(np.average(before, weights=validation_weights)),
+            "with history": float(own[known].mean()) if known.any() else 0.0,
+            "of retrieval": float(before[known].mean()) if known.any() else 0.0,
         }
 
     report = fit(
