@@ -461,10 +461,14 @@ def rerank_batch(
     similarity = np.where(past.mask[:, None, :], similarity, -1.0)
     nearest = np.where(past.mask.any(1, keepdims=True), similarity.max(axis=2, initial=-1.0), 0.0)
 
-    log_price = prices.transform(candidates.price)
+    # The price of a product that nobody met is not used. Where prices come from sales, having one at all would betray, when past
+    # requests are replayed, that the product was sold later: the very answer.
+    untouched = rows[:, :, item_width + popularity_width - 1] > 0
+    price = np.where(untouched, np.nan, candidates.price)
+    log_price = prices.transform(price)
     paid_known = past.mask & np.isfinite(past.price)
     paid = np.where(paid_known, prices.transform(past.price), 0.0).sum(1) / np.maximum(paid_known.sum(1), 1)
-    both_known = np.isfinite(candidates.price) & paid_known.any(1, keepdims=True)
+    both_known = np.isfinite(price) & paid_known.any(1, keepdims=True)
     log_rank = np.broadcast_to(np.log1p(np.arange(scores.shape[1])) / 4.0, scores.shape)
     columns = [
         retrieval, log_rank, part(unit) / np.where(norm > 0, norm, 1.0), part(popular) / 4.0, part(collaborative),

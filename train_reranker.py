@@ -164,7 +164,7 @@ def replay(shop: ShopData, release: Release, options: RerankerOptions) -> tuple[
             Lists(
                 [(int(user), int(context), float(begin)) for user, context in pairs], retrieved.take(useful),
                 positive[useful], np.array([len(answer) for answer in requests.answers])[useful],
-                shop.history_as_of(requests.users[useful], float(begin), 1).mask.any(axis=1),
+                np.asarray(shop.history_as_of(requests.users[useful], float(begin), 1).mask.any(axis=1)),
             )
         )  # fmt: skip
         popularity = torch.from_numpy(shop.popularity.coordinates(np.arange(len(shop.items)), float(begin)))
