@@ -378,7 +378,7 @@ class RerankBatch:
 LINK_SCALE = 10.0  # links have strengths of a few hundredths to a few tenths
 
 ITEM_DENSE = (
-    "retrieval",  # the retrieval score, z-scored within the list: its scale differs from tower to tower
+    "retrieval",  # the retrieval score less the list's mean: a logit, whose scale the user tower's softmax has learned
     "log_rank",  # of the retrieval order
     "content",  # cosine of the query's unit part and the item's vector
     "popularity",  # what the popularity coordinates add to the score
@@ -454,8 +454,7 @@ def rerank_batch(
     def part(columns: slice) -> np.ndarray:
         return np.einsum("bd,bnd->bn", query[:, columns], rows[:, :, columns])
 
-    spread = scores.std(axis=1, keepdims=True)
-    retrieval = (scores - scores.mean(axis=1, keepdims=True)) / np.where(spread > 0, spread, 1.0)
+    retrieval = scores - scores.mean(axis=1, keepdims=True)
     norm = np.linalg.norm(query[:, unit], axis=1, keepdims=True)
     similarity = np.einsum("bnd,btd->bnt", rows[:, :, unit], past.vectors)
     similarity = np.where(past.mask[:, None, :], similarity, -1.0)
