@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from model_reranker import (
     RE_TABLE,
+    ROW_LENGTH,
     STD_TABLE,
     FusedDeepFM,
     RerankerConfig,
@@ -325,8 +326,8 @@ def test_transferred_tables_hold_the_towers_rows_are_shared_and_still_learn():
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     transfer(model, std, re)
     weight = model.embedding_dict[STD_TABLE].weight
-    torch.testing.assert_close(weight[1:], F.normalize(std, dim=-1)[1:])
-    torch.testing.assert_close(model.embedding_dict[RE_TABLE].weight[1:], F.normalize(re, dim=-1)[1:])
+    torch.testing.assert_close(weight[1:], ROW_LENGTH * F.normalize(std, dim=-1)[1:])
+    torch.testing.assert_close(model.embedding_dict[RE_TABLE].weight[1:], ROW_LENGTH * F.normalize(re, dim=-1)[1:])
     assert weight[0].abs().sum() == 0
     # One table serves the item's fields and the shopper's history: a step on either moves the same rows.
     assert len(model.embedding_dict) == 2
