@@ -360,11 +360,11 @@ def test_ids_beyond_what_float32_counts_are_refused_at_build():
         build_deepfm(replace(RERANKER, re_rows=2**24 + 1))
 
 
-def test_new_words_score_like_a_unit_row_without_first_order_weight():
+def test_new_words_score_like_a_transferred_row_without_first_order_weight():
     model, batch = deepfm(), candidates()
     fused = FusedDeepFM(model, RERANKER)
     fused.grow(torch.randn(2, 8))
     assert fused.re_table.shape == (11, 9)
     scores = fused(replace(batch, item_re=torch.full_like(batch.item_re, 10)))
     assert np.isfinite(scores.numpy()).all()
-    torch.testing.assert_close(fused.re_table[9:, :8].norm(dim=1), torch.ones(2))
+    torch.testing.assert_close(fused.re_table[9:, :8].norm(dim=1), torch.full((2,), ROW_LENGTH))
