@@ -50,9 +50,8 @@ def index_rows(shop: ShopData, release: Release) -> tuple[np.ndarray, float]:
     Raises UserError when one is not a sound vector.
     """
     tower = release.aligned_user_tower(shop.items.product_ids)
-    popularity = torch.from_numpy(shop.popularity.coordinates(np.arange(len(shop.items)), shop.now))
     with torch.no_grad():
-        rows = item_keys(tower, torch.from_numpy(shop.vectors), popularity).numpy()
+        rows = item_keys(tower, torch.from_numpy(shop.vectors), shop.popularity_as_of(shop.now)).numpy()
     norms = np.linalg.norm(rows[:, : shop.vectors.shape[1]], axis=1)
     bad = np.flatnonzero(~np.isfinite(rows).all(1) | (np.abs(norms - 1.0) > 1e-3))
     if len(bad):

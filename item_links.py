@@ -9,6 +9,7 @@ many took each, so that two best sellers are no pair yet and neither is a coinci
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import scipy.sparse
@@ -28,7 +29,9 @@ ITEMS_AT_ONCE = 4096  # rows of the table in the making
 class ItemLinks:
     """Links among N items."""
 
-    together: scipy.sparse.csr_matrix  # float32 [N, N], see `_pair`; at most MOST_LINKS a row, none with itself
+    together: (
+        scipy.sparse.csr_matrix
+    )  # float32 [N, N], shoppers who took both, damped; at most MOST_LINKS a row, none with itself
     damping: np.ndarray  # float32 [N], 1 / sqrt(shoppers + SHRINKAGE)
     group: np.ndarray  # int64 [N], number of the item's product; an item without variants is alone in its own
 
@@ -99,6 +102,22 @@ class ItemLinks:
         met_column = column_of[met.indices]
         variant[row[met_column >= 0], met_column[met_column >= 0]] = 0.0
         return np.maximum(together, 0.0), variant
+
+    @cached_property
+    def _drawn_from(self) -> np.ndarray:
+        """Sums of the strengths before each link, and of all: float64 [links + 1]."""
+        return np.concatenate([[0.0], np.cumsum(self.together.data, dtype=np.float64)])
+
+    def draw(self, items: np.ndarray, place: np.ndarray) -> np.ndarray:
+        """Of each of `items` int [B] an item that it was taken together with, by the links' strength, or itself if there is none:
+        int64 [B]. place: [B], uniform in [0, 1)."""
+        table, total = self.together, self._drawn_from
+        start, stop = table.indptr[items], table.indptr[items + 1]
+        drawn = np.searchsorted(total, total[start] + place * (total[stop] - total[start]), side="right") - 1
+        linked = stop > start
+        other = items.astype(np.int64)
+        other[linked] = table.indices[np.clip(drawn, start, stop - 1)[linked]]
+        return other
 
     def of(self, item: int) -> tuple[np.ndarray, np.ndarray]:
         """The items that one was taken together with, and how strongly: int [K], float32 [K], K at most MOST_LINKS."""

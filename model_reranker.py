@@ -98,7 +98,7 @@ def transfer(model: DeepFM, std_table: Tensor, re_table: Tensor) -> None:
     """Copy the item tower's STD and RE tables into the model's shared embeddings, rows at one short length.
 
     In place, since replacing the Embedding would leave the optimizer on the old one. Short rows, because before training their
-    products are noise on retrieval's logits: a standard deviation of 10 from rows of norm 4, 0.5 of norm 1, 0.1 of ours.
+    products are noise on retrieval's logits, which grows with the square of their length.
     Raises ValueError on another shape or a value that is not finite.
     """
     for name, table in ((STD_TABLE, std_table), (RE_TABLE, re_table)):

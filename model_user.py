@@ -148,6 +148,11 @@ class UserTower(nn.Module):
         """[2], positive: what a link's strength and being a variant of something met add to the logit."""
         return torch.tensor(LINK_START, device=self.link_growth.device) * (LINK_PACE * self.link_growth).exp()
 
+    def link_scores(self, together: np.ndarray, variant: np.ndarray) -> Tensor:
+        """What links (float32 [B, N] each, see ItemLinks.scores) add to the logits: [B, N]."""
+        weights = self.link_weights
+        return weights[0] * torch.from_numpy(together) + weights[1] * torch.from_numpy(variant)
+
     def item_rows(self, items: Tensor, vectors: Tensor, popularity: Tensor) -> Tensor:
         """Index rows [M, row_width] of catalogue rows `items` int64 [M], their unit vectors and popularity.
 

@@ -102,6 +102,10 @@ class ShopData:
         inside = (histories.at >= max(start, histories.at.min(initial=0.0) + WARM_UP)) & (histories.at < end)
         return np.flatnonzero(inside & histories.first_meeting & (histories.weight > 0))
 
+    def popularity_as_of(self, moment: float) -> Tensor:
+        """Popularity coordinates of the whole catalogue: float32 [N, P]."""
+        return torch.from_numpy(self.popularity.coordinates(np.arange(len(self.items)), moment))
+
     def links(self, before: float) -> ItemLinks:
         """Item-to-item links as of that moment, epoch seconds."""
         return ItemLinks.before(self.histories, before, self.group)

@@ -462,7 +462,7 @@ def rerank_batch(
 
     # The price of a product that nobody met is not used. Where prices come from sales, having one at all would betray, when past
     # requests are replayed, that the product was sold later: the very answer.
-    untouched = rows[:, :, item_width + popularity_width - 1] > 0
+    untouched = rows[:, :, popular][:, :, -1] > 0
     price = np.where(untouched, np.nan, candidates.price)
     log_price = prices.transform(price)
     paid_known = past.mask & np.isfinite(past.price)

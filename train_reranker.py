@@ -35,7 +35,7 @@ from tensors import (
     user_dense_names,
 )
 from text_encoder import TextEncoder
-from train_user import Retrieved, retrieve
+from train_user import Retrieved, item_keys, retrieve
 from training import TrainOptions, finish, fit, shuffled_batches
 
 STAGE = "reranker"
@@ -167,10 +167,9 @@ def replay(shop: ShopData, release: Release, options: RerankerOptions) -> tuple[
                 np.asarray(shop.history_as_of(requests.users[useful], float(begin), 1).mask.any(axis=1)),
             )
         )  # fmt: skip
-        popularity = torch.from_numpy(shop.popularity.coordinates(np.arange(len(shop.items)), float(begin)))
         with torch.no_grad():
-            numbers = torch.arange(len(shop.items))
-            keys[float(begin)] = tower.item_rows(numbers, torch.from_numpy(shop.vectors), popularity).numpy()
+            popularity = shop.popularity_as_of(float(begin))
+            keys[float(begin)] = item_keys(tower, torch.from_numpy(shop.vectors), popularity).numpy()
     lists = Lists.joined(found) if found else None
     if lists is None or len(lists) < 10:
         raise UserError(

@@ -90,16 +90,9 @@ def gather_views(views: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
 def partners(rows: np.ndarray, links: ItemLinks, share: float) -> np.ndarray:
     """For a `share` of the items `rows` int [B] that have links, one that they were taken together with, drawn by the links'
     strength; for the others the item itself: int64 [B]."""
-    table = links.together
     # torch's generator, since a resumed run restores it.
     chance, place = torch.rand(2, len(rows), dtype=torch.float64).numpy()
-    total = np.concatenate([[0.0], np.cumsum(table.data, dtype=np.float64)])
-    start, stop = table.indptr[rows], table.indptr[rows + 1]
-    drawn = np.searchsorted(total, total[start] + place * (total[stop] - total[start]), side="right") - 1
-    linked = (stop > start) & (chance < share)
-    second = rows.astype(np.int64)
-    second[linked] = table.indices[np.clip(drawn, start, stop - 1)[linked]]
-    return second
+    return np.where(chance < share, links.draw(rows, place), rows)
 
 
 def examples(rows: np.ndarray, links: ItemLinks) -> np.ndarray:

@@ -39,8 +39,8 @@ STAGE = "user"
 RETRIEVED = 100
 YEAR = 365.0  # days
 POPULARITY_TABLES = 32  # days whose popularity is kept in memory
-SCORE_BATCH = 256  # requests scored against the whole catalogue at once,
-MOST_SCORES = 32_000_000  # or fewer, if the catalogue is large: several tables of so many numbers live at a time
+SCORE_BATCH = 256  # requests scored against the whole catalogue at once, at most
+MOST_SCORES = 32_000_000  # of those requests: several tables of so many numbers live at a time
 MINING_REQUESTS = 1024  # that hard negatives are mined from, each epoch
 MINED = 50  # top items of each
 
@@ -114,7 +114,7 @@ class SampledSoftmax:
 
     def _popularity(self, as_of: float) -> Tensor:
         """Popularity coordinates of the whole catalogue: float32 [N, P]."""
-        return torch.from_numpy(self.shop.popularity.coordinates(np.arange(len(self.shop.items)), as_of))
+        return self.shop.popularity_as_of(as_of)
 
     def loss(self, model: nn.Module, rows: np.ndarray) -> Tensor:
         shop, histories, options = self.shop, self.shop.histories, self.options
@@ -133,8 +133,7 @@ class SampledSoftmax:
         target = column_of[items]
         history = histories.item[index.index]
         together, variant = self.links.scores(history, batch.history_mask.numpy(), candidates, target)
-        weights = self.tower.link_weights
-        scores = query @ keys.T + weights[0] * torch.from_numpy(together) + weights[1] * torch.from_numpy(variant)
+        scores = query @ keys.T + self.tower.link_scores(together, variant)
         logits = scores - log_q  # (B, C)
         # What the shopper already met is not offered again, so it is no competitor either.
         met = np.where(index.mask, column_of[history], -1)
@@ -230,12 +229,12 @@ def retrieve(
 ) -> Retrieved:  # fmt: skip
     """The best `count` catalogue rows for each request by exact search, without what the shopper met before; of items that had no
     event yet at least the best `new`."""
-    popularity = torch.from_numpy(shop.popularity.coordinates(np.arange(len(shop.items)), requests.as_of))
+    popularity = shop.popularity_as_of(requests.as_of)
     keys = item_keys(tower, torch.from_numpy(shop.vectors), popularity)
     count = min(count, len(keys))
     untouched = popularity[:, -1] > 0
     batch_size = max(1, min(SCORE_BATCH, MOST_SCORES // len(keys)))
-    every, weights = np.arange(len(keys)), tower.link_weights
+    every = np.arange(len(keys))
     parts: list[Retrieved] = []
     starts = range(0, len(requests), batch_size)
     for start in tqdm(starts, desc=progress, unit="batch", disable=not progress, leave=False):
@@ -244,7 +243,7 @@ def retrieve(
         now = np.full(len(part), part.as_of)
         query = tower(shop.user_batch(tower, index, part.users, part.contexts, now, profiles, popularity))
         together, variant = links.scores(shop.histories.item[index.index], index.mask, every)
-        logits = query @ keys.T + weights[0] * torch.from_numpy(together) + weights[1] * torch.from_numpy(variant)
+        logits = query @ keys.T + tower.link_scores(together, variant)
         for row, user in enumerate(part.users):
             logits[row, torch.from_numpy(shop.seen(user, part.as_of).astype(np.int64))] = -torch.inf
         found = best(logits, count, untouched, new).numpy()

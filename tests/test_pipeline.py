@@ -64,6 +64,11 @@ def test_the_release_remembers_its_text_encoder_and_refuses_another(shop, tmp_pa
         train_user.main(train_user.UserOptions(**other.model_dump()))
 
 
+def test_days_that_the_item_tower_learned_from_are_not_held_out(shop):
+    with pytest.raises(UserError, match="learned from events that would be held out here; give both the same"):
+        train_user.main(train_user.UserOptions(**shop.model_dump(), validation_share=0.5))
+
+
 def test_products_that_nobody_met_have_their_share_of_the_candidates(new_shop):
     """Thirty of them: the best ten take the places of the last of the others, and keep the scores they have."""
     with new_shop() as shop, Store.open(shop) as store:

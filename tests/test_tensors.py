@@ -243,6 +243,24 @@ def test_an_unknown_price_is_the_centre():
     assert prices.transform(np.array([10.0]))[0] == pytest.approx(-1.0)
 
 
+def test_the_price_of_a_product_that_nobody_met_is_not_used():
+    """And retrieval's score is a logit, less the mean of its list, never stretched."""
+    one = np.ones((1, 2, 1), dtype=np.int64)
+    rows = np.zeros((1, 2, 3), dtype=np.float32)
+    rows[0, 1, 1] = 1.0  # the last popularity coordinate of the second: untouched
+    none = np.zeros((1, 2), dtype=np.float32)
+    candidates = Candidates(rows[:, 0], rows, np.array([[5.0, -1.0]]), none, none, one, one, np.full((1, 2), np.e - 1))
+    past = Past(
+        np.zeros((1, 1, 1), dtype=np.float32), np.ones((1, 1), dtype=bool), one[:, :1], one[:, :1], np.array([[0.0]]),
+        np.zeros((1, 0), dtype=np.float32),
+    )  # fmt: skip
+    dense = rerank_batch(candidates, past, PriceScale(0.0, 1.0), item_width=1, popularity_width=1).item_dense.numpy()
+    names = item_dense_names(1)
+    assert dense[0, :, names.index("log_price")].tolist() == [1.0, 0.0]
+    assert dense[0, :, names.index("price_gap")].tolist() == [1.0, 0.0]
+    assert dense[0, :, names.index("retrieval")].tolist() == [3.0, -3.0]
+
+
 def test_links_reach_the_reranker_under_their_names():
     """Two lists of three candidates; strengths by their logarithm, so that strong ones do not drown the rest."""
     one = np.ones((2, 3, 1), dtype=np.int64)

@@ -1,4 +1,4 @@
--- Links from item to item (item_links.py). Releases indexed before have none: they answer as they did.
+-- Links from item to item (item_links.py). Vectors written before have none.
 CREATE INDEX products_group ON products (group_id) WHERE group_id IS NOT NULL;
 
 DO $$
