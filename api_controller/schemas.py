@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from fastapi import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from catalog import Identifier, Price, Profile, Text, Values
 
 MAX_K = 100
 MAX_LIST = 1000
+
+ProductId = Annotated[Identifier, Path(description="the shop's own product id")]
+UserId = Annotated[Identifier, Path(description="the shop's own shopper id")]
 
 
 class FilterBody(BaseModel):

@@ -1,0 +1,125 @@
+"""What the routes share: the store, the pipeline, the threads, the counters."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import psycopg
+from fastapi import Depends, HTTPException, Request
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+import recommender as pipeline
+from api_controller.schemas import MAX_LIST
+from lexicon import Lexicon
+from readers import LexiconReader
+from settings import Settings, UserError
+from store import Store
+from text_encoder import TextEncoder
+
+LEXICON = Path(__file__).parent.parent / "lexicon.json"
+THREADS = 4
+MAX_WAITING = 64  # requests in the pool's queue; beyond, 503 at once
+REQUEST_SECONDS = 5.0
+RETRY_SECONDS = 2.0  # between attempts to open what was missing at the start
+
+Result = TypeVar("Result")
+
+
+class Service:
+    """What the handlers share: the store, the pipeline, the threads, the counters. Parts may come late."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.pool = ThreadPoolExecutor(THREADS, thread_name_prefix="pipeline")
+        self.waiting = 0
+        self.store: Store | None = None
+        self.recommender: pipeline.Recommender | None = None
+        self.reader: LexiconReader | None = None
+        self.problem = "starting"
+        self.opening = threading.Lock()
+        self.registry = CollectorRegistry()
+        self.requests = Counter("styletower_requests", "Requests", ["route", "status"], registry=self.registry)
+        self.seconds = Histogram("styletower_stage_seconds", "Seconds a stage", ["stage"], registry=self.registry)
+        self.degraded = Counter("styletower_degraded", "Answers from the fallback", registry=self.registry)
+        self.live = Gauge("styletower_live_release", "1 for the live release", ["release"], registry=self.registry)
+
+    def open(self) -> None:
+        """Everything a request needs. Raises UserError or UnavailableError while something is missing; call again."""
+        with self.opening:  # two callers must not start two of anything
+            if self.store is None:
+                self.store = Store.open(self.settings, statement_seconds=REQUEST_SECONDS)
+            if self.recommender is None:
+                encoder = TextEncoder.load(self.settings)
+                self.reader = LexiconReader(Lexicon.load(LEXICON))
+                self.recommender = pipeline.Recommender(self.store, self.settings, encoder)
+        self.recommender.live()
+
+    def check(self) -> str:
+        """Why nothing can be answered; empty when ready. Retries what was missing."""
+        try:
+            self.open()
+            assert self.store is not None
+            self.store.products.existing([])
+        except (UserError, pipeline.UnavailableError) as error:
+            return " ".join(str(error).split())
+        except psycopg.Error as error:
+            return f"the database does not answer: {' '.join(str(error).split()) or type(error).__name__}"
+        return ""
+
+    async def keep_trying(self) -> None:
+        """What was missing at the start may come; nobody has to ask for it."""
+        while self.recommender is None:
+            await asyncio.sleep(RETRY_SECONDS)
+            self.problem = await asyncio.get_running_loop().run_in_executor(self.pool, self.check)
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=True, cancel_futures=True)
+        if self.store is not None:
+            self.store.close()
+
+    async def run(self, work: Callable[[], Result]) -> Result:
+        """Do blocking work in the pool. 503 when the queue is full, time is up, or the database is away."""
+        if self.waiting >= MAX_WAITING:
+            raise unavailable("too many requests are waiting")
+        self.waiting += 1
+        try:
+            future = asyncio.get_running_loop().run_in_executor(self.pool, work)
+            return await asyncio.wait_for(future, REQUEST_SECONDS)
+        except TimeoutError as error:
+            raise unavailable(f"no answer within {REQUEST_SECONDS:.0f} s") from error
+        except pipeline.UnavailableError as error:
+            raise unavailable(str(error)) from error
+        except (psycopg.OperationalError, psycopg.errors.QueryCanceled) as error:
+            raise unavailable("the database does not answer") from error
+        finally:
+            self.waiting -= 1
+
+    def parts(self) -> tuple[Store, pipeline.Recommender]:
+        """The store and the pipeline; 503 until they are there."""
+        if self.store is None or self.recommender is None:
+            raise unavailable(self.problem)
+        return self.store, self.recommender
+
+
+def unavailable(reason: str) -> HTTPException:
+    return HTTPException(503, reason, headers={"Retry-After": "2"})
+
+
+def get_service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+ServiceDep = Annotated[Service, Depends(get_service)]
+
+
+def listed(body: Result | list[Result]) -> list[Result]:
+    given = body if isinstance(body, list) else [body]
+    if len(given) > MAX_LIST:
+        raise HTTPException(422, [{"loc": ["body"], "msg": f"{len(given)} rows; at most {MAX_LIST} at once"}])
+    return given
