@@ -28,9 +28,10 @@ if "deepctr_torch.utils" not in sys.modules:
     sys.modules["deepctr_torch.utils"] = _utils
 
 from deepctr_torch.inputs import DenseFeat, SparseFeat, VarLenSparseFeat
-from deepctr_torch.models import DeepFM
+from deepctr_torch.models import DeepFM as DeepFM
 
 STD_TABLE, RE_TABLE = "STD_table", "RE_table"
+RETRIEVAL = "retrieval"  # of the dense features, the one that an order starts from
 
 ROW_LENGTH = 0.5  # of a transferred row
 
@@ -50,6 +51,16 @@ class RerankerConfig:
     embedding_dim: int = 64
     hidden: tuple[int, ...] = (128, 64)
     dropout: float = 0.2
+    trust: float = 1.0  # how far a list's order follows the model: 0 is retrieval's own
+
+    def retrieval_of(self, batch: RerankBatch) -> Tensor:
+        """The logit that retrieval gave each candidate: [B, N]."""
+        return batch.item_dense[..., self.item_dense.index(RETRIEVAL)]
+
+
+def trusted(own: Tensor, retrieval: Tensor, trust: float) -> Tensor:
+    """Between retrieval's logits and the model's own, of one shape."""
+    return own if trust == 1.0 else retrieval + trust * (own - retrieval)
 
 
 def build_deepfm(config: RerankerConfig) -> DeepFM:
@@ -112,14 +123,14 @@ def transfer(model: DeepFM, std_table: Tensor, re_table: Tensor) -> None:
 
 
 @torch.no_grad()
-def start_from_retrieval(model: DeepFM, config: RerankerConfig, feature: str, weight: float = 1.0) -> None:
+def start_from_retrieval(model: DeepFM, config: RerankerConfig) -> None:
     """Set the first-order weight of the retrieval score, so that before any training the order is retrieval's."""
-    index = len(config.user_dense) + config.item_dense.index(feature)
-    model.linear_model.weight[index] = weight
+    model.linear_model.weight[len(config.user_dense) + config.item_dense.index(RETRIEVAL)] = 1.0
 
 
 class FusedDeepFM(nn.Module):
-    """DeepFM's logits for lists of candidates: float32 [B, N]. The same values as deepctr-torch's model, within 1e-5.
+    """DeepFM's logits for lists of candidates: float32 [B, N]. The same values as deepctr-torch's model, within 1e-5, as far as the
+    configuration trusts them.
 
     One table `[embedding | first-order weight]` serves every sparse feature with int64 ids, and everything that depends on the
     shopper alone (their sums in the FM, their part of the first layer) is computed once a list.
@@ -187,7 +198,7 @@ class FusedDeepFM(nn.Module):
         user_hidden = F.linear(torch.cat([user_embedding.flatten(1), batch.user_dense], -1), self.user_first)
         item_hidden = F.linear(torch.cat([item_embedding.flatten(2), batch.item_dense], -1), self.item_first)
         deep = self.rest(item_hidden + (user_hidden + self.first_bias).unsqueeze(1)).squeeze(-1)
-        return first_order + second_order + deep + self.bias
+        return trusted(first_order + second_order + deep + self.bias, config.retrieval_of(batch), config.trust)
 
     @torch.no_grad()
     def grow(self, re_rows: Tensor) -> None:

@@ -5,12 +5,16 @@
 The held-out days of stage 2 are replayed: for each request of those days the user tower that never saw them retrieves the
 candidates as of that moment; what the shopper then took are the positives, the other candidates are the negatives. Tables come
 from the item tower, the order starts at retrieval's own, and a listwise softmax (Cao et al., ICML 2007) improves it.
+
+The newest of these requests judge, and are later than all that were learned from: other shoppers of the same days buy the same
+things, and would praise a model that has learned what sold on those days. They choose the epoch, and how far to trust the model at
+all. Then it learns from every request, for as many epochs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,7 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model_reranker import RerankerConfig, build_deepfm, deepfm_input, start_from_retrieval, transfer
+from model_reranker import DeepFM, RerankerConfig, build_deepfm, deepfm_input, start_from_retrieval, transfer, trusted
 from release import RERANKER, USER_TOWER_HOLDOUT, ItemEncoder, Release
 from settings import UserError, run_script
 from shop_data import Requests, ShopData
@@ -40,6 +44,10 @@ from training import TrainOptions, finish, fit, shuffled_batches
 
 STAGE = "reranker"
 NDCG_AT = 12
+SLICES = 4  # at least, into which the held-out days are cut: the last ones judge
+JUDGING = 0.2  # share of the lists at least that judge
+TRUSTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+LEAST_SHARE = 0.1  # of shoppers with a history, or of strangers: fewer would weigh too much each
 
 
 class RerankerOptions(TrainOptions):
@@ -55,6 +63,7 @@ class RerankerOptions(TrainOptions):
     moments: int = Field(4, ge=1, le=100, description="moments in the held-out days from which requests are replayed")
     transfer: bool = Field(True, description="start from the item tower's STD and RE tables")
     hidden: list[int] = Field([128, 64], description="widths of the deep part")
+    refit: bool = Field(True, description="learn from the judging requests too before serving")
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,7 @@ class Lists:
     positive: np.ndarray  # bool [L, N]
     answers: np.ndarray  # int [L], all right answers, retrieved or not
     known: np.ndarray  # bool [L], the shopper had a history
+    slice: np.ndarray  # int [L], number of the stretch of time in which they asked
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -78,6 +88,7 @@ class Lists:
             np.concatenate([part.positive for part in parts]),
             np.concatenate([part.answers for part in parts]),
             np.concatenate([part.known for part in parts]),
+            np.concatenate([part.slice for part in parts]),
         )
 
     def weights(self, which: np.ndarray) -> np.ndarray:
@@ -87,8 +98,19 @@ class Lists:
         list is ordered.
         """
         share = self.known[which].mean()
-        weights = np.where(self.known[which], 1.0 / max(share, 1e-9), 1.0 / max(1.0 - share, 1e-9))
+        weights = np.where(self.known[which], 1.0 / max(share, LEAST_SHARE), 1.0 / max(1.0 - share, LEAST_SHARE))
         return weights * len(which) / weights.sum()
+
+    def judging(self) -> np.ndarray:
+        """Which lists judge, bool [L]: those of the last slices, `JUDGING` of all at least. Where one slice holds all, a share
+        of its shoppers."""
+        for first in np.unique(self.slice)[:0:-1]:
+            late = self.slice >= first
+            if late.mean() >= JUDGING:
+                return late
+        users = np.array([user for user, _, _ in self.requests])
+        shoppers = np.random.default_rng(0).permutation(np.unique(users))
+        return np.isin(users, shoppers[: max(1, round(JUDGING * len(shoppers)))])
 
 
 def ndcg(positive_in_order: np.ndarray, answers: np.ndarray, count: int) -> np.ndarray:
@@ -139,20 +161,22 @@ class ListFeatures:
 
 
 def replay(shop: ShopData, release: Release, options: RerankerOptions) -> tuple[ListFeatures, PriceScale]:
-    """Retrieve candidates for the requests of the held-out days, as of several moments in them."""
+    """Retrieve candidates for the requests of the held-out days, as of `moments` moments in them."""
     part = release.manifest["user_tower"]
     start, end = part["validation_start"], shop.now
     tower = release.aligned_user_tower(shop.items.product_ids, USER_TOWER_HOLDOUT)
     profiles = release.profile_scaler().transform(shop.profiles)
-    moments = np.linspace(start, end, options.moments + 1)
+    per_moment = -(-SLICES // options.moments)  # rounded up
+    edges = np.linspace(start, end, options.moments * per_moment + 1)
     found: list[Lists] = []
     keys: dict[float, np.ndarray] = {}
-    for begin, stop in pairwise(moments):
-        requests: Requests = shop.requests(begin, stop, float(begin))
+    for number in range(len(edges) - 1):
+        moment = float(edges[number - number % per_moment])
+        requests: Requests = shop.requests(edges[number], edges[number + 1], moment)
         if not len(requests):
             continue
         retrieved = retrieve(
-            tower, shop, shop.links(float(begin)), requests, profiles, tower.config.history, options.candidates,
+            tower, shop, shop.links(moment), requests, profiles, tower.config.history, options.candidates,
             round(options.new_goods * options.candidates), "replaying requests",
         )  # fmt: skip
         positive = np.stack(
@@ -162,14 +186,16 @@ def replay(shop: ShopData, release: Release, options: RerankerOptions) -> tuple[
         pairs = zip(requests.users[useful], requests.contexts[useful], strict=True)
         found.append(
             Lists(
-                [(int(user), int(context), float(begin)) for user, context in pairs], retrieved.take(useful),
+                [(int(user), int(context), moment) for user, context in pairs], retrieved.take(useful),
                 positive[useful], np.array([len(answer) for answer in requests.answers])[useful],
-                np.asarray(shop.history_as_of(requests.users[useful], float(begin), 1).mask.any(axis=1)),
+                np.asarray(shop.history_as_of(requests.users[useful], moment, 1).mask.any(axis=1)),
+                np.full(len(useful), number),
             )
         )  # fmt: skip
-        with torch.no_grad():
-            popularity = shop.popularity_as_of(float(begin))
-            keys[float(begin)] = item_keys(tower, torch.from_numpy(shop.vectors), popularity).numpy()
+        if moment not in keys:
+            with torch.no_grad():
+                popularity = shop.popularity_as_of(moment)
+                keys[moment] = item_keys(tower, torch.from_numpy(shop.vectors), popularity).numpy()
     lists = Lists.joined(found) if found else None
     if lists is None or len(lists) < 10:
         raise UserError(
@@ -198,49 +224,72 @@ def main(options: RerankerOptions) -> None:
         item_dense=item_dense_names(features.popularity_width), embedding_dim=encoder.tower.config.embedding_dim,
         hidden=tuple(options.hidden),
     )  # fmt: skip
-    torch.manual_seed(options.seed)
-    model = build_deepfm(config)
-    if options.transfer:
-        transfer(model, encoder.tower.std_table.weight, encoder.tower.re_table.weight)
-    start_from_retrieval(model, config, "retrieval")
 
-    # Shoppers, not lists, are held out: two requests of one shopper have much in common.
-    users = np.array([user for user, _, _ in lists.requests])
-    shoppers = np.random.default_rng(options.seed).permutation(np.unique(users))
-    held_out = np.isin(users, shoppers[: max(1, len(shoppers) // 5)])
-    train_rows, validation_rows = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    def new_model() -> DeepFM:
+        torch.manual_seed(options.seed)
+        model = build_deepfm(config)
+        if options.transfer:
+            transfer(model, encoder.tower.std_table.weight, encoder.tower.re_table.weight)
+        start_from_retrieval(model, config)
+        return model
 
+    judging = lists.judging()
+    train_rows, validation_rows = np.flatnonzero(~judging), np.flatnonzero(judging)
     weight_of = lists.weights(np.arange(len(lists)))
     validation_weights = lists.weights(validation_rows)
 
-    def logits(deepfm: nn.Module, which: np.ndarray) -> Tensor:
-        return deepfm(deepfm_input(features.batch(which))).view(len(which), -1)
+    def logits(deepfm: nn.Module, which: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The model's own, and retrieval's."""
+        batch = features.batch(which)
+        return deepfm(deepfm_input(batch)).view(len(which), -1), config.retrieval_of(batch)
 
     def loss(deepfm: nn.Module, which: np.ndarray) -> Tensor:
         positive = torch.from_numpy(lists.positive[which]).float()
         target = positive / positive.sum(1, keepdim=True)
         weight = torch.from_numpy(weight_of[which]).float()
-        return (F.cross_entropy(logits(deepfm, which), target, reduction="none") * weight).mean()
+        return (F.cross_entropy(logits(deepfm, which)[0], target, reduction="none") * weight).mean()
+
+    def judge(deepfm: nn.Module) -> dict[float, np.ndarray]:
+        """NDCG of each validation list, by how far the model is trusted."""
+        parts = [logits(deepfm, validation_rows[i : i + 256]) for i in range(0, len(validation_rows), 256)]
+        own, retrieval = (torch.cat(column) for column in zip(*parts, strict=True))
+        positive, answers = lists.positive[validation_rows], lists.answers[validation_rows]
+        found = {}
+        for trust in TRUSTS:
+            order = trusted(own, retrieval, trust).argsort(dim=1, descending=True, stable=True).numpy()
+            found[trust] = ndcg(np.take_along_axis(positive, order, axis=1), answers, NDCG_AT)
+        return found
+
+    def best_trust(found: dict[float, np.ndarray]) -> float:
+        return max(TRUSTS, key=lambda trust: np.average(found[trust], weights=validation_weights))
 
     def validate(deepfm: nn.Module) -> dict[str, float]:
-        parts = [logits(deepfm, validation_rows[i : i + 256]) for i in range(0, len(validation_rows), 256)]
-        order = torch.cat(parts).argsort(dim=1, descending=True, stable=True).numpy()
-        answers = lists.answers[validation_rows]
-        retrieved = lists.positive[validation_rows]
-        reranked = np.take_along_axis(retrieved, order, axis=1)
-        own, before = ndcg(reranked, answers, NDCG_AT), ndcg(retrieved, answers, NDCG_AT)
+        found = judge(deepfm)
+        trust = best_trust(found)
+        own, before = found[trust], found[0.0]
         known = lists.known[validation_rows]
         return {
             f"ndcg@{NDCG_AT}": float(np.average(own, weights=validation_weights)),
             f"ndcg@{NDCG_AT} of retrieval": float(np.average(before, weights=validation_weights)),
             "with history": float(own[known].mean()) if known.any() else 0.0,
             "of retrieval": float(before[known].mean()) if known.any() else 0.0,
+            "trust": trust,
         }
 
-    report = fit(
-        model, lambda epoch: shuffled_batches(train_rows, options.batch_size, options.seed, epoch), loss, validate,
-        f"ndcg@{NDCG_AT}", options, release.folder, STAGE,
-    )  # fmt: skip
+    def batches(rows: np.ndarray) -> Callable[[int], list[np.ndarray]]:
+        return lambda epoch: shuffled_batches(rows, options.batch_size, options.seed, epoch)
+
+    model = new_model()
+    report = fit(model, batches(train_rows), loss, validate, f"ndcg@{NDCG_AT}", options, release.folder, STAGE)
+    with torch.no_grad():
+        config = replace(config, trust=best_trust(judge(model)))
+    if options.refit and report.best_epoch:
+        model = new_model()
+        again = options.model_copy(update={"epochs": report.best_epoch})
+        fit(
+            model, batches(np.arange(len(lists))), loss, lambda deepfm: {"epochs": 0.0}, "epochs", again, release.folder,
+            f"{STAGE}_refit", keep_best=False,
+        )  # fmt: skip
     if not PartialState().is_main_process:
         return  # one process writes the release
     release.save_weights(RERANKER, model)
@@ -252,10 +301,12 @@ def main(options: RerankerOptions) -> None:
         report=report,
         options=options.model_dump(mode="json", exclude={"database_url"}),
     )
-    finish(release.folder, STAGE)
+    for stage in (STAGE, f"{STAGE}_refit"):
+        finish(release.folder, stage)
     print(
-        f"release {release.name}: {RERANKER}, {report.metric} {report.best:.4f} on {len(validation_rows)} held-out lists "
-        f"(retrieval's own order {report.history[-1][f'ndcg@{NDCG_AT} of retrieval']:.4f}) after {report.seconds:.0f} s"
+        f"release {release.name}: {RERANKER}, {report.metric} {report.best:.4f} on {len(validation_rows)} later lists "
+        f"(retrieval's own order {report.history[-1][f'ndcg@{NDCG_AT} of retrieval']:.4f}), trusted {config.trust:.0%}, after "
+        f"{report.seconds:.0f} s"
     )
 
 

@@ -349,10 +349,19 @@ def test_a_table_that_does_not_fit_is_refused(table):
 
 def test_before_training_the_order_is_retrievals_own():
     model = build_deepfm(RERANKER).eval()
-    start_from_retrieval(model, RERANKER, "retrieval")
+    start_from_retrieval(model, RERANKER)
     batch = candidates()
     order = model(deepfm_input(batch)).view(3, 7).argsort(dim=1)
     assert torch.equal(order, batch.item_dense[:, :, 0].argsort(dim=1))
+
+
+@pytest.mark.parametrize("trust", [0.0, 0.5, 1.0])
+def test_a_list_follows_the_model_as_far_as_it_is_trusted(trust):
+    model, batch = deepfm(), candidates()
+    own = model(deepfm_input(batch)).view(3, 7)
+    retrieval = batch.item_dense[:, :, RERANKER.item_dense.index("retrieval")]
+    served = FusedDeepFM(model, replace(RERANKER, trust=trust))(batch)
+    torch.testing.assert_close(served, (1 - trust) * retrieval + trust * own, atol=1e-5, rtol=0)
 
 
 def test_ids_beyond_what_float32_counts_are_refused_at_build():
