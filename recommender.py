@@ -22,6 +22,8 @@ from extract_features import extract, fingerprints
 from model_user import fill_norms
 from readers import LexiconReader
 from release import ItemEncoder, Release
+from rule_search import Limits, RuleSearch, Search, limits_of
+from rules import DEFAULT, Effect, HideMet, NamedRules, Placed, Ranked, RuleSet, apply, filtered, seed_of
 from settings import Settings, UserError
 from store import Filters, Found, History, ItemRows, Store, UserState
 from tensors import (
@@ -66,6 +68,7 @@ class Request:
     exclude_history: bool = True  # do not offer what the shopper already met
     k: int = 20
     now: float | None = None
+    rules: NamedRules | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,16 @@ class Recommended:
     stage: str  # what put it there: "reranker", "retrieval" (no reranker score), "popular" (fallback)
     retrieval_rank: int
     reasons: list[Reason]
+    placed_by: str = ""  # the rule to which it owes its place
+
+
+@dataclass(frozen=True)
+class RulesUsed:
+    """By which rules an answer was arranged (`version` is None where they were only tried), and what each did."""
+
+    name: str
+    version: int | None
+    effects: list[Effect]
 
 
 @dataclass(frozen=True)
@@ -97,6 +110,7 @@ class Answer:
     milliseconds: dict[str, float]  # by stage, and "total"
     warnings: list[str]
     degraded: bool = False
+    rules: RulesUsed | None = None
 
 
 @dataclass(frozen=True)
@@ -164,6 +178,7 @@ class Recommender:
         self._lock = threading.RLock()  # warming up a release may learn its words
         self._loaded: LoadedRelease | None = None
         self._popular: list[Recommended] = []
+        self._popular_ranked = Ranked([], np.zeros(0), np.zeros((0, 0)))  # the same, for rules
         self._away_until = 0.0  # of time.monotonic()
         self._context = lru_cache(CONTEXT_CACHE)(lambda text: text_encoder.pooled([text])[0])
 
@@ -192,11 +207,33 @@ class Recommender:
         """Answer once for nobody: the first real request then finds everything in place, and the fallback is known."""
         try:
             answer = self._answer(loaded, Request(k=FALLBACK_ITEMS))
-            self._popular = [
-                replace(item, score=0.0, stage="popular", reasons=[Reason("popular")]) for item in answer.items
-            ]
+            rows = self.store.vectors.fetch(loaded.name, [item.product_id for item in answer.items])
+            facts = self.store.products.facts(rows.product_ids)
+            self.store.rules.live(DEFAULT)
         except psycopg.Error:
             self._popular = []
+            return
+        known = [row for row, product_id in enumerate(rows.product_ids) if product_id in facts]
+        items = {item.product_id: item for item in answer.items}
+        popular = [items[rows.product_ids[row]] for row in known]
+        self._popular_ranked = Ranked(
+            [
+                replace(facts[i.product_id], new=bool(rows.vectors[row, loaded.untouched_column] > 0))
+                for i, row in zip(popular, known, strict=True)
+            ],
+            np.array([item.score for item in popular]),
+            rows.vectors[known, : loaded.item_width],
+        )
+        self._popular = [replace(item, score=0.0, stage="popular", reasons=[Reason("popular")]) for item in popular]
+
+    def rules(self, name: str) -> NamedRules | None:
+        """The live rules of a name, or None when there are none; while the database is away those that were live last."""
+        if time.monotonic() >= self._away_until:
+            try:
+                return self.store.rules.live(name)
+            except psycopg.OperationalError:
+                self._away_until = time.monotonic() + AWAY_SECONDS
+        return self.store.rules.last_live(name)
 
     # ----------------------------------------------------------------------------------------------------------- answers
     def recommend(self, request: Request) -> Answer:
@@ -220,14 +257,39 @@ class Recommender:
         if not self._popular or request.filters != Filters():
             raise UnavailableError("the database does not answer")
         unwanted = {*request.exclude, *request.history}
-        kept = [item for item in self._popular if item.product_id not in unwanted][: request.k]
-        items = [replace(item, rank=rank) for rank, item in enumerate(kept, start=1)]
-        warning = "the database does not answer; this is the list of popular items"
-        return Answer(items, loaded.name, "cache", {"total": 0.0}, [warning], degraded=True)
+        warnings = ["the database does not answer; this is the list of popular items"]
+        rows = [row for row, item in enumerate(self._popular) if item.product_id not in unwanted]
+        placed, used = [Placed(row) for row in rows[: request.k]], None
+        if request.rules is not None:
+            placed, used = self._popular_by_rules(request, request.rules, rows)
+            warnings.append("rules were applied to these items, by their prices and stock when the release was loaded")
+            if request.rules.rules.of(HideMet):
+                warnings.append("rules that hide what a shopper met were not applied")
+        items = [
+            replace(self._popular[one.row], rank=rank, placed_by=one.by) for rank, one in enumerate(placed, start=1)
+        ]
+        return Answer(items, loaded.name, "cache", {"total": 0.0}, warnings, degraded=True, rules=used)
+
+    def _popular_by_rules(
+        self, request: Request, named: NamedRules, rows: Sequence[int]
+    ) -> tuple[list[Placed], RulesUsed]:
+        """What rules make of these rows of the popular items."""
+        now = _now(request)
+        popular = self._popular_ranked
+        passed, removed = filtered(named.rules, [popular.facts[row] for row in rows], now)
+        kept = [rows[row] for row in passed]
+        ranked = Ranked([popular.facts[row] for row in kept], popular.scores[kept], popular.vectors[kept])
+        outcome = apply(named.rules, ranked, request.k, now, seed_of(request.user_id or "", now))
+        effects = [
+            replace(effect, removed=removed.get(number, effect.removed))
+            for number, effect in enumerate(outcome.effects)
+        ]
+        placed = [replace(one, row=kept[one.row]) for one in outcome.placed]
+        return placed, RulesUsed(named.name, named.version, effects)
 
     def _answer(self, loaded: LoadedRelease, request: Request) -> Answer:
         clock = _Clock()
-        now = time.time() if request.now is None else request.now
+        now = _now(request)
         with clock("user"):
             state, warnings = self._state(loaded, request)
         with clock("embed"):
@@ -236,20 +298,52 @@ class Recommender:
                 query = loaded.user_tower(batch).numpy()  # (1, D)
         with clock("search"):
             found = self._candidates(loaded, query[0], request, state)
-        with clock("rerank"):
-            self._know_words(loaded, found.re_ids)
-            order, scores, dense = self._rerank(loaded, query, found, past)
+        named = request.rules
+        if named is None or not named.rules.root:
+            with clock("rerank"):
+                order, scores, dense = self._rerank(loaded, query, found, past)
+            placed = [Placed(int(row)) for row in order[: request.k]]
+            used = None if named is None else RulesUsed(named.name, named.version, [])
+        else:
+            found, scores, dense, placed, used = self._by_rules(
+                loaded, query, request, named, state, past, found, clock
+            )
         with clock("explain"):
             rarity = [_rarity(ids, len(found.product_ids)) for ids in (found.std_ids, found.re_ids)]
             items = [
                 Recommended(
                     found.product_ids[row], found.titles[row], _known(found.price[row]), rank, float(scores[row]),
-                    "reranker", int(row) + 1,
+                    "reranker", row + 1,
                     self._reasons(loaded, found, row, past, dense, rarity, request.context),
+                    placed_by,
                 )
-                for rank, row in enumerate(order[: request.k], start=1)
+                for rank, (row, placed_by) in enumerate(((one.row, one.by) for one in placed), start=1)
             ]  # fmt: skip
-        return Answer(items, loaded.name, found.plan, clock.milliseconds(), warnings)
+        return Answer(items, loaded.name, found.plan, clock.milliseconds(), warnings, rules=used)
+
+    def _by_rules(
+        self, loaded: LoadedRelease, query: np.ndarray, request: Request, named: NamedRules, state: UserState, past: Past,
+        found: Found, clock: _Clock,
+    ) -> tuple[Found, np.ndarray, np.ndarray, list[Placed], RulesUsed]:  # fmt: skip
+        """The candidates reranked and arranged by rules, which may ask for more of them; the candidates that there were in the end,
+        their logits [N] and dense features [N, I]."""
+        with clock("rules"):
+            ruling = RuleSearch(
+                named.rules, _limits(request), self.store, self._search(loaded, request, state),
+                lambda limit: self._untouched(loaded, query[0], request, state, limit),
+                query[0], loaded.item_width, loaded.untouched_column, request.k, request.user_id, _now(request),
+            )  # fmt: skip
+            found = ruling.supplemented(found)
+        while True:
+            with clock("rerank"):
+                _, scores, dense = self._rerank(loaded, query, found, past)
+            with clock("rules"):
+                outcome = ruling.arranged(found, scores)
+                more = ruling.more(found, outcome)
+                if more is None:
+                    used = RulesUsed(named.name, named.version, ruling.effects(outcome))
+                    return found, scores, dense, outcome.placed, used
+                found = more
 
     def _state(self, loaded: LoadedRelease, request: Request) -> tuple[UserState, list[str]]:
         """What is stored for the user, with the request's own history behind it."""
@@ -264,7 +358,7 @@ class Recommender:
             given = self.store.vectors.fetch(loaded.name, list(dict.fromkeys(request.history)))
             unknown = [product_id for product_id in request.history if product_id not in set(given.product_ids)]
             warnings += [f"item {product_id!r} in history is unknown; ignored" for product_id in unknown]
-            now = time.time() if request.now is None else request.now
+            now = _now(request)
             state = state.extended(given, kind="view", at=now, limit=length)
         return state, warnings
 
@@ -305,32 +399,48 @@ class Recommender:
     def _candidates(self, loaded: LoadedRelease, query: np.ndarray, request: Request, state: UserState) -> Found:
         """The best by inner product and links, and among them a share of products that nobody met yet: without one they would
         stay so, since popularity outweighs whatever they are like. `train_user.retrieve` finds the same by exact search."""
-        met, met_by = (request.history, request.user_id) if request.exclude_history else ([], None)
-        exclude = list(dict.fromkeys([*request.exclude, *met]))
-        history = History(list(dict.fromkeys(state.product_ids)), *loaded.link_weights)
-
-        def search(query: np.ndarray, limit: int) -> Found:
-            return self.store.vectors.search(
-                loaded.name, query, limit, request.filters, exclude, loaded.ef_search, met_by, history
-            )
-
         count = max(request.k, CANDIDATES)
-        found = search(query, count)
+        found = self._search(loaded, request, state)(query, count, _limits(request))
         new = round(loaded.new_goods * count)
         # All that match are found, or there is a share to keep.
         if new == 0 or len(found.product_ids) < count:
             return found
+        return found.with_share(self._untouched(loaded, query, request, state, new))
+
+    def _untouched(
+        self, loaded: LoadedRelease, query: np.ndarray, request: Request, state: UserState, limit: int
+    ) -> Found:
+        """The best products that nobody met yet, with the scores that they have by `query`."""
         lifted = query.copy()
         lifted[loaded.untouched_column] += NEW_LIFT
-        untouched = search(lifted, new)
-        untouched = untouched.take(np.flatnonzero(untouched.vectors[:, loaded.untouched_column] > 0))
-        scores = untouched.vectors @ query + untouched.together * history.together + untouched.variant * history.variant
-        return found.with_share(replace(untouched, scores=scores.astype(np.float32)))
+        found = self._search(loaded, request, state)(lifted, limit, _limits(request))
+        if not found.product_ids:
+            return found
+        found = found.take(np.flatnonzero(found.vectors[:, loaded.untouched_column] > 0))
+        together, variant = loaded.link_weights
+        scores = found.vectors @ query + found.together * together + found.variant * variant
+        return replace(found, scores=scores.astype(np.float32))
+
+    def _search(self, loaded: LoadedRelease, request: Request, state: UserState) -> Search:
+        """Finds by inner product and by the links from what the shopper met, what passes the request's filters."""
+        history = History(list(dict.fromkeys(state.product_ids)), *loaded.link_weights)
+
+        def search(query: np.ndarray, limit: int, limits: Limits) -> Found:
+            filters = request.filters
+            if limits.conditions:
+                filters = replace(filters, also=[*filters.also, *limits.conditions], now=_now(request))
+            exclude = list(dict.fromkeys([*limits.exclude, *limits.viewed]))
+            return self.store.vectors.search(
+                loaded.name, query, limit, filters, exclude, loaded.ef_search, limits.met_by, history, limits.hides
+            )
+
+        return search
 
     def _rerank(
         self, loaded: LoadedRelease, query: np.ndarray, found: Found, past: Past
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Order of the candidates (rows of `found`, best first), their logits [N], their dense features [N, I]."""
+        self._know_words(loaded, found.re_ids)
         if not found.product_ids:
             return np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros((0, 0))
         candidates = Candidates(
@@ -457,6 +567,16 @@ class Recommender:
         self.store.vectors.upsert(loaded.name, ItemRows(features.product_ids, rows, features.std, features.re))
 
 
+def _now(request: Request) -> float:
+    return time.time() if request.now is None else request.now
+
+
+def _limits(request: Request) -> Limits:
+    """What rules, the shopper's past and the request itself do not let be shown."""
+    rules = RuleSet([]) if request.rules is None else request.rules.rules
+    return limits_of(rules, request.user_id, request.history, request.exclude, request.exclude_history, _now(request))
+
+
 def _known(price: float) -> float | None:
     return None if np.isnan(price) else float(price)
 
@@ -477,7 +597,7 @@ class _Clock:
     def __call__(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.stages[stage] = 1000 * (time.perf_counter() - start)
+        self.stages[stage] = self.stages.get(stage, 0.0) + 1000 * (time.perf_counter() - start)
 
     def milliseconds(self) -> dict[str, float]:
         stages = {**self.stages, "total": 1000 * (time.perf_counter() - self.started)}

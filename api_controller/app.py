@@ -19,7 +19,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from api_controller import goods, lists, shoppers
+from api_controller import goods, lists, rules, shoppers
 from api_controller.limits import BodyLimit
 from api_controller.schemas import Health
 from api_controller.service import Service, ServiceDep, get_service
@@ -104,5 +104,5 @@ async def metrics(service: ServiceDep) -> Response:
     return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-for routes in (lists, goods, shoppers):
+for routes in (lists, goods, shoppers, rules):
     app.include_router(routes.router)

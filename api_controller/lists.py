@@ -2,38 +2,55 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 from fastapi import APIRouter, HTTPException, Query
 
 import recommender as pipeline
-from api_controller.schemas import ItemBody, NeighbourBody, ProductId, ReasonBody, RecommendAnswer, RecommendBody
-from api_controller.service import ServiceDep
-from store import Filters
+from api_controller.rules import check
+from api_controller.schemas import (
+    EffectBody,
+    ItemBody,
+    NeighbourBody,
+    ProductId,
+    ReasonBody,
+    RecommendAnswer,
+    RecommendBody,
+    RulesUsedBody,
+)
+from api_controller.service import Service, ServiceDep
+from conditions import ArrivalRange, OfArrival
+from rules import DEFAULT, NamedRules
+from store import Filters, Store
 from vocab import normalise
 
 router = APIRouter(tags=["lists"])
+
+TRIED = "tried"  # the name of rules that came with the request
 
 
 @router.post("/recommend")
 async def recommend(body: RecommendBody, service: ServiceDep) -> RecommendAnswer:
     """A ranked list for a shopper, a context, a body, or nobody at all."""
-    _, recommender = service.parts()
+    store, recommender = service.parts()
 
     def work() -> pipeline.Answer:
-        filters = Filters(_known_values(recommender, body.filters.std), *_bounds(body))
-        return recommender.recommend(
+        rules, unknown = _rules(store, recommender, body)
+        answer = recommender.recommend(
             pipeline.Request(
                 body.user_id,
                 body.history,
                 body.context,
                 body.profile,
-                filters,
+                _filters(recommender, body),
                 body.exclude,
                 body.exclude_history,
                 body.k,
+                rules=rules,
             )
         )
+        return replace(answer, warnings=[*answer.warnings, *unknown])
 
     answer = await service.run(work)
     for stage, milliseconds in answer.milliseconds.items():
@@ -44,19 +61,54 @@ async def recommend(body: RecommendBody, service: ServiceDep) -> RecommendAnswer
         ItemBody.model_construct(**{**vars(item), "reasons": [ReasonBody(**vars(reason)) for reason in item.reasons]})
         for item in answer.items
     ]
-    return RecommendAnswer.model_construct(**{**vars(answer), "items": items})
+    return RecommendAnswer.model_construct(
+        **{**vars(answer), "items": items, "rules": _rules_used(service, answer.rules)}
+    )
 
 
-def _bounds(body: RecommendBody) -> tuple[float | None, float | None, bool | None]:
-    return body.filters.min_price, body.filters.max_price, body.filters.in_stock
+def _filters(recommender: pipeline.Recommender, body: RecommendBody) -> Filters:
+    given = body.filters
+    within = given.arrived_within_days
+    return Filters(
+        _known_values(recommender, "std", given.std),
+        given.min_price,
+        given.max_price,
+        given.in_stock,
+        _known_values(recommender, "std_none", given.std_none),
+        given.arrived_after,
+        given.arrived_before,
+        () if within is None else [OfArrival(arrived=ArrivalRange(within_days=within))],
+    )
 
 
-def _known_values(recommender: pipeline.Recommender, std: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The filter in the schema's own spelling; 422 on a field or value that the shop does not have."""
+def _rules(store: Store, recommender: pipeline.Recommender, body: RecommendBody) -> tuple[NamedRules | None, list[str]]:
+    """The rules to try, or the live ones; and what in them no product has. 422 for a name that has none."""
+    if body.rules is not None:
+        rules, unknown = check(store, body.rules)
+        return NamedRules(TRIED, None, rules), unknown
+    named = recommender.rules(body.rule_set)
+    if named is None and body.rule_set != DEFAULT:
+        raise HTTPException(
+            422, [{"loc": ["body", "rule_set"], "msg": f"no rules of the name {body.rule_set!r} are live"}]
+        )
+    return named, []
+
+
+def _rules_used(service: Service, used: pipeline.RulesUsed | None) -> RulesUsedBody | None:
+    if used is None:
+        return None
+    if used.version is not None:
+        service.count_effects(used.effects)
+    effects = [EffectBody.model_construct(**vars(effect)) for effect in used.effects]
+    return RulesUsedBody.model_construct(name=used.name, version=used.version, effects=effects)
+
+
+def _known_values(recommender: pipeline.Recommender, part: str, std: dict[str, list[str]]) -> dict[str, list[str]]:
+    """A part of the filter in the schema's own spelling; 422 on a field or value that the shop does not have."""
     allowed = recommender.allowed_values()
     found: dict[str, list[str]] = {}
     for field, values in std.items():
-        place = ["body", "filters", "std", field]
+        place = ["body", "filters", part, field]
         if field not in allowed:
             raise HTTPException(422, [{"loc": place, "msg": f"no such field; there are {sorted(allowed)}"}])
         unknown = [value for value in values if normalise(value) not in allowed[field]]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from datetime import datetime
+from typing import Annotated, Any
 
 from fastapi import Path
 from pydantic import BaseModel, ConfigDict, Field
 
-from catalog import Identifier, Price, Profile, Text, Values
+from catalog import Identifier, Moment, Price, Profile, Text, Value, Values
+from rules import DEFAULT, Days, RuleSet
 
 MAX_K = 100
 MAX_LIST = 1000
@@ -17,14 +19,19 @@ UserId = Annotated[Identifier, Path(description="the shop's own shopper id")]
 
 
 class FilterBody(BaseModel):
-    """Any of the values within a field, in every field; a price range; in stock or not."""
+    """Any of the values within a field, in every field, and none of others; a price range; in stock or not; when it arrived: from
+    a moment on, before a moment, within so many days."""
 
     model_config = ConfigDict(extra="forbid")
 
     std: dict[Identifier, Values] = {}
+    std_none: dict[Identifier, Values] = {}
     min_price: Price | None = None
     max_price: Price | None = None
     in_stock: bool | None = None
+    arrived_after: Moment | None = None
+    arrived_before: Moment | None = None
+    arrived_within_days: Days | None = None
 
 
 class RecommendBody(BaseModel):
@@ -54,6 +61,8 @@ class RecommendBody(BaseModel):
     exclude: Annotated[list[Identifier], Field(max_length=MAX_LIST)] = []
     exclude_history: bool = True
     k: Annotated[int, Field(ge=1, le=MAX_K)] = 20
+    rule_set: Annotated[Identifier, Field(description="by whose live rules the answer is arranged")] = DEFAULT
+    rules: Annotated[RuleSet | None, Field(description="rules to try for this answer, instead of the live ones")] = None
 
 
 class ReasonBody(BaseModel):
@@ -71,6 +80,27 @@ class ItemBody(BaseModel):
     stage: str
     retrieval_rank: int
     reasons: list[ReasonBody]
+    placed_by: Annotated[
+        str, Field(description="the rule to which the item owes its place; empty where its score does")
+    ] = ""
+
+
+class EffectBody(BaseModel):
+    """What a rule did: candidates it removed, items that stand elsewhere than without it, and what it could not do."""
+
+    rule: str
+    kind: str
+    removed: int
+    moved: int
+    note: str = ""
+
+
+class RulesUsedBody(BaseModel):
+    """The version is null for rules that came with the request."""
+
+    name: str
+    version: int | None
+    effects: list[EffectBody]
 
 
 class RecommendAnswer(BaseModel):
@@ -80,6 +110,7 @@ class RecommendAnswer(BaseModel):
     milliseconds: dict[str, float]
     warnings: list[str]
     degraded: bool
+    rules: RulesUsedBody | None = None
 
 
 class NeighbourBody(BaseModel):
@@ -129,6 +160,92 @@ class ProfileBody(BaseModel):
     )
 
     profile: Profile
+
+
+RULES_EXAMPLE: list[Any] = [
+    {"kind": "filter", "keep": {"in_stock": True}},
+    {"kind": "hide", "events": ["purchase"], "days": 90},
+    {
+        "kind": "bury",
+        "when": {"std": "category", "any_of": ["coat", "puffer"]},
+        "factor": 4,
+        "name": "winter coats down",
+    },
+    {"kind": "at_most", "n": 2, "group": True},
+    {"kind": "promote", "when": {"arrived": {"within_days": 30}}, "share": 0.2},
+    {"kind": "diversity", "strength": 0.2},
+]
+
+
+class _Signed(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    who: Value = ""
+    note: Text = ""
+
+
+class RulesBody(_Signed):
+    """A new version of the rules of a name."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"name": "summer", "rules": RULES_EXAMPLE, "who": "Jin", "note": "summer sale, first week"}]
+        }
+    )
+
+    name: Identifier = DEFAULT
+    rules: RuleSet
+    live: Annotated[bool, Field(description="whether requests get it at once")] = True
+
+
+class RulesCheckBody(BaseModel):
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"rules": RULES_EXAMPLE}]})
+
+    rules: RuleSet
+
+
+class RulesLiveBody(_Signed):
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"name": "summer", "who": "Jin", "note": "back to last week's"}]}
+    )
+
+    name: Identifier = DEFAULT
+
+
+class RulesVersionBody(BaseModel):
+    name: str
+    version: int
+    live: bool
+    who: str
+    note: str
+    made_at: datetime
+
+
+class RulesAnswer(RulesVersionBody):
+    rules: RuleSet
+    warnings: list[str] = []
+
+
+class RulesTurnBody(BaseModel):
+    name: str
+    version: int
+    who: str
+    note: str
+    at: datetime
+
+
+class RulesListAnswer(BaseModel):
+    """Every version, and which was made live when; the latest first."""
+
+    versions: list[RulesVersionBody]
+    history: list[RulesTurnBody]
+
+
+class RulesCheckAnswer(BaseModel):
+    """How the rules are named in answers, and what in them no product has yet."""
+
+    rules: list[str]
+    warnings: list[str]
 
 
 class Health(BaseModel):

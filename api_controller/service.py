@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -17,6 +17,7 @@ import recommender as pipeline
 from api_controller.schemas import MAX_LIST
 from lexicon import Lexicon
 from readers import LexiconReader
+from rules import Effect
 from settings import Settings, UserError
 from store import Store
 from text_encoder import TextEncoder
@@ -46,6 +47,12 @@ class Service:
         self.requests = Counter("styletower_requests", "Requests", ["route", "status"], registry=self.registry)
         self.seconds = Histogram("styletower_stage_seconds", "Seconds a stage", ["stage"], registry=self.registry)
         self.degraded = Counter("styletower_degraded", "Answers from the fallback", registry=self.registry)
+        self.rule_removals = Counter(
+            "styletower_rule_removals", "Candidates that live rules kept out", ["kind"], registry=self.registry
+        )
+        self.rule_moves = Counter(
+            "styletower_rule_moves", "Items that live rules moved", ["kind"], registry=self.registry
+        )
         self.live = Gauge("styletower_live_release", "1 for the live release", ["release"], registry=self.registry)
 
     def open(self) -> None:
@@ -76,6 +83,11 @@ class Service:
         while self.recommender is None:
             await asyncio.sleep(RETRY_SECONDS)
             self.problem = await asyncio.get_running_loop().run_in_executor(self.pool, self.check)
+
+    def count_effects(self, effects: Sequence[Effect]) -> None:
+        for effect in effects:
+            self.rule_removals.labels(effect.kind).inc(effect.removed)
+            self.rule_moves.labels(effect.kind).inc(effect.moved)
 
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)

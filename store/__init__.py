@@ -8,8 +8,9 @@ from store.imports import Counts, ImportReport, ImportSession
 from store.products import Commerce, StoredProduct
 from store.quarantine import QuarantinedRow
 from store.releases import RecordedRelease
+from store.rules import RulesTurn, RulesVersion
 from store.users import UserState
-from store.vectors import EXACT_LIMIT, Filters, Found, History, ItemRows
+from store.vectors import EXACT_LIMIT, Filters, Found, Hide, History, ItemRows
 
 __all__ = [
     "EXACT_LIMIT",
@@ -20,6 +21,7 @@ __all__ = [
     "EventLog",
     "Filters",
     "Found",
+    "Hide",
     "History",
     "ImportReport",
     "ImportSession",
@@ -28,6 +30,8 @@ __all__ = [
     "QuarantinedRow",
     "RecordedRelease",
     "Rejected",
+    "RulesTurn",
+    "RulesVersion",
     "Store",
     "StoredProduct",
     "UserState",

@@ -27,6 +27,7 @@ from store.imports import ImportSession
 from store.products import Products
 from store.quarantine import Quarantine
 from store.releases import Releases
+from store.rules import Rules
 from store.schema import read_schema, write_schema
 from store.users import Users
 from store.vectors import Vectors
@@ -66,6 +67,7 @@ class Store:
         self.vectors = Vectors(self.pool)
         self.releases = Releases(self.pool)
         self.aliases = Aliases(self.pool)
+        self.rules = Rules(self.pool)
 
     @classmethod
     def open(cls, settings: Settings, statement_seconds: float | None = None) -> Store:

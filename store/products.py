@@ -12,6 +12,8 @@ from psycopg import Connection
 from psycopg_pool import ConnectionPool
 
 from catalog import Product, RawProduct
+from conditions import Facts
+from store.conditions import SPELT
 
 _RAW = "product_id, title, description, attributes, price, in_stock, group_id, arrived_at"
 
@@ -155,6 +157,31 @@ class Products:
             list(group_id),
             np.array(arrived_at, dtype=np.float64),
         )
+
+    def facts(self, ids: Sequence[str]) -> dict[str, Facts]:
+        """What rules look at, of those of `ids` that exist and have features."""
+        with self._pool.connection() as connection, connection.cursor(binary=True) as cursor:
+            rows = cursor.execute(
+                "SELECT product_id, std, re, price, in_stock, group_id, extract(epoch FROM arrived_at)::float8"
+                " FROM products WHERE product_id = ANY(%s::text[]) AND std IS NOT NULL",
+                (list(ids),),
+            ).fetchall()
+        return {row[0]: Facts(*row) for row in rows}
+
+    def open_values(self, field: str, values: Iterable[str]) -> set[str]:
+        """Those of `values` (in `vocab.normalise`'s spelling) that some product has in an open field. Reads all products."""
+        query = (
+            f"SELECT DISTINCT {SPELT} FROM products, jsonb_array_elements_text(re -> %s::text) AS said(value)"
+            f" WHERE {SPELT} = ANY(%s::text[])"
+        )
+        with self._pool.connection() as connection:
+            return {value for (value,) in connection.execute(query, (field, list(values))).fetchall()}
+
+    def groups(self, ids: Iterable[str]) -> set[str]:
+        """Those of `ids` that are groups of products."""
+        query = "SELECT DISTINCT group_id FROM products WHERE group_id = ANY(%s::text[])"
+        with self._pool.connection() as connection:
+            return {group_id for (group_id,) in connection.execute(query, (list(ids),)).fetchall()}
 
     def existing(self, ids: Iterable[str]) -> set[str]:
         """Those of `ids` that are products."""

@@ -6,17 +6,21 @@ Each release has a table of its own, so that a release is built beside the live 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any
 
 import numpy as np
-import orjson
 import psycopg
 from psycopg import Connection, sql
 from psycopg_pool import ConnectionPool
+
+from conditions import ArrivalRange, Condition, InStock, OfArrival, OfPrice, OfStd, PriceRange, moment
+from store.conditions import condition_sql
 
 # A filter that keeps at most this many products is answered exactly: up to here a full sort costs no more than an
 # iterative index scan, and its recall is 1.
@@ -35,6 +39,7 @@ BINARY = sql.SQL("vector_send(vector), array_send(std_ids), array_send(re_ids)")
 
 # What a shopper met, however long ago. A subquery, not a list: nobody carries ten thousand ids to and fro.
 _MET = sql.SQL("(SELECT product_id FROM events WHERE user_id = %(met_by)s::text)")
+_MET_SO = sql.SQL("(SELECT product_id FROM events WHERE user_id = %(met_by)s::text AND ({}))")
 
 # "+ 0" because the planner believes that an index gives its rows in order, and an iterative scan does not.
 _HNSW = sql.SQL("""
@@ -124,12 +129,37 @@ class History:
 
 @dataclass(frozen=True)
 class Filters:
-    """What may be found. A product whose price is unknown passes no price bound."""
+    """What may be found. A product whose price or arrival is unknown passes no bound of it."""
 
     std: dict[str, list[str]] = field(default_factory=dict)  # any of the values within a field, in every field
     min_price: float | None = None
     max_price: float | None = None
     in_stock: bool | None = None
+    std_none: dict[str, list[str]] = field(default_factory=dict)  # none of the values, in every field
+    arrived_after: datetime | None = None  # or at that moment
+    arrived_before: datetime | None = None
+    also: Sequence[Condition] = ()  # that hold too
+    now: float | None = None  # epoch seconds from which conditions count their days back; None for the clock
+
+    def conditions(self) -> list[Condition]:
+        """What must hold, all of it."""
+        found: list[Condition] = [OfStd.model_construct(std=name, any_of=some) for name, some in self.std.items()]
+        found += [OfStd.model_construct(std=name, none_of=none) for name, none in self.std_none.items() if none]
+        if self.min_price is not None or self.max_price is not None:
+            found.append(OfPrice(price=PriceRange(min=self.min_price, max=self.max_price)))
+        if self.in_stock is not None:
+            found.append(InStock(in_stock=self.in_stock))
+        if self.arrived_after is not None or self.arrived_before is not None:
+            found.append(OfArrival(arrived=ArrivalRange(after=self.arrived_after, before=self.arrived_before)))
+        return [*found, *self.also]
+
+
+@dataclass(frozen=True)
+class Hide:
+    """What of a shopper's past a search leaves out: products met by an event of these kinds since then."""
+
+    kinds: Sequence[str] | None = None  # None for any kind
+    since: float | None = None  # epoch seconds; None however long ago
 
 
 @dataclass(frozen=True)
@@ -333,15 +363,19 @@ class Vectors:
         ef_search: int | None = None,
         met_by: str | None = None,
         history: History | None = None,
+        hides: Sequence[Hide] | None = None,
     ) -> Found:
         """The `limit` items with the greatest inner product with `query` (float32 [D]) that pass `filters`; with a `history`, the
         links from it count too.
 
-        Products that were deleted, have no features, are in `exclude` or were met by the user `met_by` never appear.
+        Products that were deleted, have no features, are in `exclude` or were met by the user `met_by` (in one of the ways in
+        `hides`, if given) never appear.
         Fewer than `limit` come back only when no more match. Without filters it is one round trip.
         """
         conditions, parameters = _conditions(filters or Filters())
         where = sql.SQL(" AND ").join(conditions) if conditions else sql.SQL("true")
+        met, met_parameters = _met(hides)
+        parameters |= met_parameters
         parameters |= {
             "query": np.ascontiguousarray(query, dtype=np.float32),
             "exclude": list(exclude),
@@ -350,30 +384,41 @@ class Vectors:
         }
         ef_search = min(max(ef_search or DEFAULT_EF_SEARCH, limit), MAX_EF_SEARCH)
         with self._pool.connection() as connection:
-            found = self._nearest(connection, release, conditions, where, parameters, ef_search)
+            found = self._nearest(connection, release, conditions, where, met, parameters, ef_search)
             if history is None or not history.product_ids:
                 return found
             kept = sql.SQL("JOIN products USING (product_id) WHERE {}").format(where)
             linked = _linked(
-                connection, release, where, kept if found.plan == "exact" else sql.SQL(""), parameters, history,
+                connection, release, where, met, kept if found.plan == "exact" else sql.SQL(""), parameters, history,
                 prepare=False if conditions else None,
             )  # fmt: skip
             return _merged(linked, found, limit)
 
+    def hidden(self, ids: Sequence[str], met_by: str | None, hides: Sequence[Hide]) -> list[set[str]]:
+        """Which of `ids` a search for the user would leave out, of each of `hides`."""
+        found = []
+        with self._pool.connection() as connection:
+            for hide in hides:
+                met, parameters = _met([hide])
+                query = sql.SQL("SELECT product_id FROM {} AS met WHERE product_id = ANY(%(ids)s::text[])").format(met)
+                rows = connection.execute(query, {**parameters, "met_by": met_by, "ids": list(ids)}).fetchall()
+                found.append({product_id for (product_id,) in rows})
+        return found
+
     def _nearest(
         self, connection: Connection[Any], release: str, conditions: Sequence[sql.Composable], where: sql.Composable,
-        parameters: dict[str, Any], ef_search: int,
+        met: sql.Composable, parameters: dict[str, Any], ef_search: int,
     ) -> Found:  # fmt: skip
         if not self._has_index(connection, release):
-            return _exact(connection, release, where, parameters)
+            return _exact(connection, release, where, met, parameters)
         if conditions and _estimate(connection, where, parameters) <= ESTIMATE_MARGIN * EXACT_LIMIT:
-            found = _exact_if_few(connection, release, where, parameters)
+            found = _exact_if_few(connection, release, where, met, parameters)
             if found is not None:
                 return found
         plan = "hnsw-iterative" if conditions else "hnsw"
-        rows = _hnsw(connection, release, where, parameters, ef_search, prepare=None if plan == "hnsw" else False)
+        rows = _hnsw(connection, release, where, met, parameters, ef_search, prepare=None if plan == "hnsw" else False)
         if len(rows) < parameters["limit"]:  # the graph was left before enough were met
-            return _exact(connection, release, where, parameters)
+            return _exact(connection, release, where, met, parameters)
         return _found(rows, plan)
 
     def _has_index(self, connection: Connection[Any], release: str) -> bool:
@@ -434,27 +479,36 @@ def _adapted(rows: ItemRows) -> Iterable[tuple[str, np.ndarray, list[int], list[
 
 def _conditions(filters: Filters) -> tuple[list[sql.Composable], dict[str, Any]]:
     """SQL conditions on `products` and their parameters."""
-    conditions: list[sql.Composable] = []
     parameters: dict[str, Any] = {}
-    for number, (name, values) in enumerate(filters.std.items()):
-        conditions.append(sql.SQL("std @> ANY({}::jsonb[])").format(sql.Placeholder(f"std{number}")))
-        parameters[f"std{number}"] = [orjson.dumps({name: [value]}).decode() for value in values]
-    if filters.min_price is not None:
-        conditions.append(sql.SQL("price >= %(min_price)s"))
-        parameters["min_price"] = filters.min_price
-    if filters.max_price is not None:
-        conditions.append(sql.SQL("price <= %(max_price)s"))
-        parameters["max_price"] = filters.max_price
-    if filters.in_stock is not None:
-        conditions.append(sql.SQL("in_stock = %(in_stock)s"))
-        parameters["in_stock"] = filters.in_stock
-    return conditions, parameters
+    now = time.time() if filters.now is None else filters.now
+    return [condition_sql(condition, parameters, now) for condition in filters.conditions()], parameters
+
+
+def _met(hides: Sequence[Hide] | None) -> tuple[sql.Composable, dict[str, Any]]:
+    """A subquery of what %(met_by)s met, in one of these ways (None: in any at all), and its parameters."""
+    if hides is None:
+        return _MET, {}
+    ways: list[sql.Composable] = [sql.SQL("false")]
+    parameters: dict[str, Any] = {}
+    for number, hide in enumerate(hides):
+        kinds, since = f"kinds{number}", f"since{number}"
+        ways.append(
+            sql.SQL("({0}::text[] IS NULL OR kind = ANY({0}::text[])) AND at >= {1}::timestamptz").format(
+                sql.Placeholder(kinds), sql.Placeholder(since)
+            )
+        )
+        parameters |= {
+            kinds: None if hide.kinds is None else list(hide.kinds),
+            since: "-infinity" if hide.since is None else moment(hide.since),
+        }
+    return _MET_SO.format(sql.SQL(" OR ").join(ways)), parameters
 
 
 def _hnsw(
     connection: Connection[Any],
     release: str,
     where: sql.Composable,
+    met: sql.Composable,
     parameters: dict[str, Any],
     ef_search: int,
     prepare: bool | None,
@@ -469,7 +523,7 @@ def _hnsw(
         # And each product by its key, never all of them kept aside to be gone through for every row.
         "enable_material": "off",
     }
-    query = _HNSW.format(vectors=table_of(release), met=_MET, filters=where, binary=BINARY)
+    query = _HNSW.format(vectors=table_of(release), met=met, filters=where, binary=BINARY)
     return _query(connection, settings, query, parameters, prepare)
 
 
@@ -481,22 +535,24 @@ def _estimate(connection: Connection[Any], where: sql.Composable, parameters: di
     return float(row[0][0]["Plan"]["Plan Rows"])
 
 
-def _exact(connection: Connection[Any], release: str, where: sql.Composable, parameters: dict[str, Any]) -> Found:
+def _exact(
+    connection: Connection[Any], release: str, where: sql.Composable, met: sql.Composable, parameters: dict[str, Any]
+) -> Found:
     """All matches scored and sorted."""
     query = _EXACT.format(
-        vectors=table_of(release), met=_MET, filters=where, bound=sql.SQL(""), within=sql.SQL("true"), binary=BINARY
+        vectors=table_of(release), met=met, filters=where, bound=sql.SQL(""), within=sql.SQL("true"), binary=BINARY
     )
     rows = _query(connection, {}, query, parameters, prepare=False)
     return _found([row[1:] for row in rows if row[1] is not None], "exact")
 
 
 def _exact_if_few(
-    connection: Connection[Any], release: str, where: sql.Composable, parameters: dict[str, Any]
+    connection: Connection[Any], release: str, where: sql.Composable, met: sql.Composable, parameters: dict[str, Any]
 ) -> Found | None:
     """`_exact`, or None without having scored anything if the filter keeps more than EXACT_LIMIT products."""
     query = _EXACT.format(
         vectors=table_of(release),
-        met=_MET,
+        met=met,
         filters=where,
         bound=sql.SQL("LIMIT %(bound)s + 1"),
         within=sql.SQL("(SELECT count(*) FROM kept) <= %(bound)s"),
@@ -509,11 +565,11 @@ def _exact_if_few(
 
 
 def _linked(
-    connection: Connection[Any], release: str, where: sql.Composable, kept: sql.Composable, parameters: dict[str, Any],
-    history: History, prepare: bool | None,
+    connection: Connection[Any], release: str, where: sql.Composable, met: sql.Composable, kept: sql.Composable,
+    parameters: dict[str, Any], history: History, prepare: bool | None,
 ) -> Found:  # fmt: skip
     """The best of what the history is linked to."""
-    query = _LINKED.format(vectors=table_of(release), met=_MET, filters=where, kept=kept, binary=BINARY)
+    query = _LINKED.format(vectors=table_of(release), met=met, filters=where, kept=kept, binary=BINARY)
     parameters = parameters | {
         "history": list(history.product_ids), "together": history.together, "variant": history.variant,
         "most_variants": MOST_VARIANTS,

@@ -346,7 +346,7 @@ def test_a_search_leaves_the_connection_as_it_was(indexed):
     )
     values = {"query": QUERIES[0], "exclude": [], "met_by": None, "limit": 1}
     with indexed.pool.connection() as connection:
-        vectors._hnsw(connection, RELEASE, sql.SQL("true"), values, 77, None)
+        vectors._hnsw(connection, RELEASE, sql.SQL("true"), vectors._MET, values, 77, None)
         values = [connection.execute(f"SHOW {name}").fetchone()[0] for name in names]
     assert values == ["on", "on", "2", "40", "off"]
 
