@@ -308,6 +308,8 @@ class Recommender:
             found, scores, dense, placed, used = self._by_rules(
                 loaded, query, request, named, state, past, found, clock
             )
+            if len(placed) < request.k:
+                warnings.append(f"{len(placed)} of {request.k} places: rules and filters leave no more to show")
         with clock("explain"):
             rarity = [_rarity(ids, len(found.product_ids)) for ids in (found.std_ids, found.re_ids)]
             items = [

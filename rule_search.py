@@ -117,7 +117,11 @@ class RuleSearch:
     def effects(self, outcome: Outcome) -> list[Effect]:
         """What each rule did: of filters and hides, how many they took of what a search without them finds."""
         effects = list(outcome.effects)
-        ways = self.rules.of(HideMet) if self.limits.hides is not None else []
+        ways = self.rules.of(HideMet)
+        if self.limits.hides is None:
+            for number, _ in ways:
+                effects[number] = replace(effects[number], note="not applied: the request has exclude_history off")
+            ways = []
         if not ways and not self.rules.of(Filter):
             return effects
         open_to = replace(self.limits, conditions=())

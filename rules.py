@@ -337,6 +337,12 @@ class _Table:
         self.chosen: list[tuple[int, str]] = []
         self.caps = rules.of(AtMost)
         self.taken: dict[int, Counter[str]] = {number: Counter() for number, _ in self.caps}
+        self.rows_of: dict[int, dict[str, list[int]]] = {number: {} for number, _ in self.caps}
+        for number, cap in self.caps:
+            for row, product in enumerate(self.facts):
+                for value in cap.values(product):
+                    self.rows_of[number].setdefault(value, []).append(row)
+        self.held = np.full(count, -1)  # the number of the cap that holds a row back; -1 for none
         self.strength = next((rule.strength for _, rule in rules.of(Diversity)), 0.0)
         self.relevance = self._relevance(scores[self.order])
         self.likest = np.zeros(count)  # the greatest cosine with anything chosen
@@ -398,11 +404,8 @@ class _Table:
             self.holds[number] = np.array([product.new for product in self.facts], dtype=bool)
             # The greatest of logits with Gumbel noise is a draw by their softmax. Noise by product, not by row: a product's luck
             # does not hang on who else is there.
-            noise = [
-                np.random.default_rng([seed, *product.product_id.encode()]).gumbel() if product.new else 0.0
-                for product in self.facts
-            ]
-            self.draws[number] = scores + np.array(noise)
+            self.draws[number] = scores + np.array([_gumbel(seed, product.product_id) for product in self.facts])
+        self.have = dict.fromkeys(self.shares, 0)  # places so far
 
     def filled(self) -> Outcome:
         pins = self._pins()
@@ -440,27 +443,29 @@ class _Table:
         return pins
 
     def _best(self, among: np.ndarray | None = None, draw: np.ndarray | None = None) -> int | None:
-        """The best that is left and that no cap holds back, `among` those if given; what a cap holds back is out for good."""
-        while True:
-            rows = self.left if among is None else self.left & among
-            if not rows.any():
-                return None
-            front = rows & ~self.last
-            rows = front if front.any() else rows
-            value = draw
-            if draw is None and self.strength > 0 and self.chosen:
-                value = (1 - self.strength) * self.relevance - self.strength * self.likest
-            row = int(rows.argmax() if value is None else np.where(rows, value, -np.inf).argmax())
-            cap = self._cap_of(row)
-            if cap is None:
-                return row
-            self.left[row] = False
-            self._add(cap, removed=1)
+        """The best that is left and that no cap holds back, `among` those if given. What a cap holds back and stands before it is
+        out for good."""
+        rows = self.left if among is None else self.left & among
+        value = -np.arange(len(rows), dtype=np.float64) if draw is None else draw
+        if draw is None and self.strength > 0 and self.chosen:
+            value = (1 - self.strength) * self.relevance - self.strength * self.likest
+        free = rows & (self.held < 0)
+        front = free & ~self.last
+        free = front if front.any() else free
+        best = int(np.where(free, value, -np.inf).argmax()) if free.any() else None
+        passed = rows & (self.held >= 0)
+        if best is not None:
+            same = self.last == self.last[best]
+            passed &= np.where(same, value > value[best], self.last < self.last[best])
+        self.left &= ~passed
+        for number, _ in self.caps:
+            self._add(number, removed=int((passed & (self.held == number)).sum()))
+        return best
 
     def _due(self, place: int, natural: int) -> tuple[int, str]:
         """Who gets a place: the next in order, unless a share falls short otherwise."""
         short = {
-            number: math.floor(share * place + start + 1e-9) - self._have(number)
+            number: math.floor(share * place + start + 1e-9) - self.have[number]
             for number, (share, start) in self.shares.items()
         }
         for number in sorted(short, key=lambda number: (-short[number], number)):
@@ -470,7 +475,7 @@ class _Table:
             if row is not None:
                 self._add(number, moved=1)
                 return row, self.effects[number].rule
-        if self.strength > 0 and any(self.left[row] and self._cap_of(row) is None for row in range(natural)):
+        if self.strength > 0 and (self.left[:natural] & (self.held[:natural] < 0)).any():
             self._add(next(number for number, _ in self.rules.of(Diversity)), moved=1)
         return natural, ""
 
@@ -482,20 +487,17 @@ class _Table:
             likeness = self.vectors @ self.vectors[row]
             self.likest = np.maximum(self.likest, likeness) if self.chosen else likeness
         self.chosen.append((row, by))
-
-    def _have(self, number: int) -> int:
-        return sum(bool(self.holds[number][row]) for row, _ in self.chosen)
+        for number, holds_in in self.holds.items():
+            self.have[number] += bool(holds_in[row])
 
     def _count(self, row: int) -> None:
+        """Towards every cap; one that is full now holds back the rest."""
         for number, cap in self.caps:
-            self.taken[number].update(cap.values(self.facts[row]))
-
-    def _cap_of(self, row: int) -> int | None:
-        """The number of the first cap that does not let it in."""
-        for number, cap in self.caps:
-            if any(self.taken[number][value] >= cap.n for value in cap.values(self.facts[row])):
-                return number
-        return None
+            for value in cap.values(self.facts[row]):
+                self.taken[number][value] += 1
+                if self.taken[number][value] == cap.n:
+                    rest = self.rows_of[number][value]
+                    self.held[rest] = np.where(self.held[rest] < 0, number, self.held[rest])
 
     def _full(self) -> list[Condition]:
         found = []
@@ -507,7 +509,7 @@ class _Table:
 
     def _note_shares(self) -> None:
         for number, (share, start) in self.shares.items():
-            due, have = math.floor(share * len(self.chosen) + start + 1e-9), self._have(number)
+            due, have = math.floor(share * len(self.chosen) + start + 1e-9), self.have[number]
             if have < due:
                 self._note(number, f"{have} of {due} places: there are no more such products to show")
 
@@ -517,6 +519,13 @@ class _Table:
 
     def _note(self, number: int, note: str) -> None:
         self.effects[number] = replace(self.effects[number], note=note)
+
+
+def _gumbel(seed: int, product_id: str) -> float:
+    digest = hashlib.blake2b(product_id.encode(), digest_size=6, key=seed.to_bytes(8, "big")).digest()
+    return -math.log(
+        -math.log((int.from_bytes(digest, "big") + 0.5) / 2**48)
+    )  # of a number within 0 and 1, never at an end
 
 
 def _places(order: np.ndarray) -> np.ndarray:

@@ -146,11 +146,13 @@ class Filters:
         found: list[Condition] = [OfStd.model_construct(std=name, any_of=some) for name, some in self.std.items()]
         found += [OfStd.model_construct(std=name, none_of=none) for name, none in self.std_none.items() if none]
         if self.min_price is not None or self.max_price is not None:
-            found.append(OfPrice(price=PriceRange(min=self.min_price, max=self.max_price)))
+            found.append(OfPrice(price=PriceRange.model_construct(min=self.min_price, max=self.max_price)))
         if self.in_stock is not None:
             found.append(InStock(in_stock=self.in_stock))
         if self.arrived_after is not None or self.arrived_before is not None:
-            found.append(OfArrival(arrived=ArrivalRange(after=self.arrived_after, before=self.arrived_before)))
+            found.append(
+                OfArrival(arrived=ArrivalRange.model_construct(after=self.arrived_after, before=self.arrived_before))
+            )
         return [*found, *self.also]
 
 
