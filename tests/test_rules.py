@@ -366,11 +366,13 @@ def test_nothing_is_invented_doubled_or_over_a_cap_and_pins_stand(candidates, ru
             of_pins = Counter(value for value, one in zip(values, shown, strict=True) if one.product_id in kept)
             for value, count in Counter(value for value in values if value).items():
                 assert count <= max(rule["n"], of_pins[value])
-    for pin in pins:
-        if pin["place"] <= len(ids):
-            assert ids[pin["place"] - 1] == pin["product_id"]
-        elif pin["place"] <= k:
-            assert pin["product_id"] in ids
+    free = len(ids) - len(kept)
+    for number, pin in enumerate(
+        sorted((pin for pin in pins if pin["place"] <= k), key=lambda pin: pin["place"]), start=1
+    ):
+        assert ids.index(pin["product_id"]) + 1 == min(
+            pin["place"], free + number
+        )  # earlier only where the others ran out
     # Nobody who would still fit was left out.
     if len(ids) < k:
         left = [one for one in facts if one.product_id not in ids]
