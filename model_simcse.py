@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,16 +29,24 @@ class ItemTowerConfig:
     heads: int = 4
     output: int = 128  # of the item vector
     dropout: float = 0.1
+    # Ablations: how the inputs meet, which of them count, and whether the tables start orthogonal.
+    fusion: Literal["cross", "self", "mean"] = "cross"
+    re: bool = True
+    title: bool = True
+    orthogonal: bool = True
 
 
-def orthogonal_table(rows: int, dim: int) -> Tensor:
+def starting_table(rows: int, dim: int, orthogonal: bool = True) -> Tensor:
     """Unit rows [rows, dim]; within each block of `dim` rows they are orthogonal, and across blocks nearly so.
 
-    More rows than dimensions cannot all be orthogonal; blocks are the closest to it that needs no training.
-    Row 0 (padding) is zero.
+    More rows than dimensions cannot all be orthogonal; blocks are the closest to it that needs no training. Not
+    `orthogonal`: normal random numbers instead, as many of them, in rows of the same length. Row 0 (padding) is zero.
     """
-    blocks = [nn.init.orthogonal_(torch.empty(dim, dim)) for _ in range(math.ceil(rows / dim))]
+    start = nn.init.orthogonal_ if orthogonal else nn.init.normal_
+    blocks = [start(torch.empty(dim, dim)) for _ in range(math.ceil(rows / dim))]
     table = torch.cat(blocks)[:rows].clone()
+    if not orthogonal:
+        table = F.normalize(table, dim=-1)
     table[PAD] = 0.0
     return table
 
@@ -55,7 +64,7 @@ class ItemTower(nn.Module):
         self.std_table = nn.Embedding(len(config.std_fields), dim, padding_idx=PAD)
         self.re_table = nn.Embedding(len(config.re_fields), dim, padding_idx=PAD)
         for table in (self.std_table, self.re_table):
-            table.weight.data.copy_(orthogonal_table(*table.weight.shape))
+            table.weight.data.copy_(starting_table(len(table.weight), dim, config.orthogonal))
         self.register_buffer("std_field", torch.tensor(config.std_fields))
         self.register_buffer("re_field", torch.tensor(config.re_fields))
 
@@ -74,9 +83,12 @@ class ItemTower(nn.Module):
         self.word_scaler = TextScaler(config.text_width)
         self.re_from_text = nn.Linear(config.text_width, dim, bias=False)
 
-        self.encoder = nn.TransformerEncoderLayer(
-            width, config.heads, 4 * width, config.dropout, activation="gelu", batch_first=True, norm_first=True
-        )
+        def layer() -> nn.TransformerEncoderLayer:
+            return nn.TransformerEncoderLayer(
+                width, config.heads, 4 * width, config.dropout, activation="gelu", batch_first=True, norm_first=True
+            )
+
+        self.encoder = layer()
         self.context_norm = nn.LayerNorm(width)
         self.query_norm = nn.LayerNorm(width)
         self.cross_attention = nn.MultiheadAttention(width, config.heads, config.dropout, batch_first=True)
@@ -87,6 +99,9 @@ class ItemTower(nn.Module):
         self.head = nn.Sequential(
             nn.LayerNorm(2 * width), nn.Linear(2 * width, 2 * width), nn.GELU(), nn.Linear(2 * width, config.output)
         )
+        # Last, and beside what it stands for: of one seed, what towers have in common starts with the same random numbers.
+        if config.fusion == "self":
+            self.together = nn.ModuleList([layer(), layer()])  # as deep as the two attentions
 
     def forward(self, batch: ItemBatch, re_text: Tensor | None = None, text_share: float = 0.0) -> Tensor:
         """Unit item vectors [B, output].
@@ -97,15 +112,21 @@ class ItemTower(nn.Module):
         return F.normalize(self.pooled(batch, re_text, text_share), dim=-1)
 
     def pooled(self, batch: ItemBatch, re_text: Tensor | None = None, text_share: float = 0.0) -> Tensor:
-        query, query_mask = self._query(batch)
+        query, mask = self._query(batch)
         context, context_mask = self._context(batch, re_text, text_share)
-        query = self.encoder(query, src_key_padding_mask=~query_mask)  # (B, 1 + S, width)
-        attended, _ = self.cross_attention(
-            self.query_norm(query), context, context, key_padding_mask=~context_mask, need_weights=False
-        )
-        fused = query + attended
-        fused = fused + self.feed_forward(fused)
-        weights = query_mask.unsqueeze(-1).to(fused.dtype)
+        if self.config.fusion == "cross":
+            query = self.encoder(query, src_key_padding_mask=~mask)  # (B, 1 + S, width)
+            attended, _ = self.cross_attention(
+                self.query_norm(query), context, context, key_padding_mask=~context_mask, need_weights=False
+            )
+            fused = query + attended
+            fused = fused + self.feed_forward(fused)
+        else:
+            fused = torch.cat([self.query_norm(query), context], dim=1)  # (B, 1 + S + 1 + R + T, width)
+            mask = torch.cat([mask, context_mask], dim=1)
+            for layer in self.together if self.config.fusion == "self" else ():
+                fused = layer(fused, src_key_padding_mask=~mask)
+        weights = mask.unsqueeze(-1).to(fused.dtype)
         mean = (fused * weights).sum(1) / weights.sum(1)
         return self.head(torch.cat([fused[:, 0], mean], dim=-1))  # (B, output)
 
@@ -147,7 +168,9 @@ class ItemTower(nn.Module):
         empty = self.empty_context.expand(len(re), 1, -1)
         always = torch.ones(len(re), 1, dtype=torch.bool, device=re.device)
         context = self.context_norm(torch.cat([empty, re, tokens], dim=1))  # (B, 1 + R + T, width)
-        return context, torch.cat([always, batch.re != PAD, batch.token_mask], dim=1)
+        return context, torch.cat(
+            [always, (batch.re != PAD) & self.config.re, batch.token_mask & self.config.title], dim=1
+        )
 
     def augment(self, batch: ItemBatch, std_dropout: float, re_dropout: float, token_masking: float) -> ItemBatch:
         """One view of each item: STD values masked, RE values dropped, title tokens masked, each at its own rate."""

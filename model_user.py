@@ -43,6 +43,11 @@ class UserTowerConfig:
     layers: int = 1
     history: int = 50  # events read, the latest ones
     dropout: float = 0.2
+    # Ablations: which inputs count, and whether the query has weights for popularity.
+    behaviour: bool = True
+    context: bool = True
+    profile: bool = True
+    popularity: bool = True
 
     @property
     def row_width(self) -> int:
@@ -101,7 +106,7 @@ class UserTower(nn.Module):
 
     def forward(self, batch: UserBatch) -> Tensor:
         config = self.config
-        mask = batch.history_mask  # (B, T)
+        mask = batch.history_mask & config.behaviour  # (B, T)
         collaborative = batch.collaborative[..., : config.collaborative]
         behaviour = self.item_input(torch.cat([batch.history, collaborative], dim=-1))
         behaviour = behaviour + self.kind_embedding(batch.kind) + self.age_input(batch.age.unsqueeze(-1))
@@ -122,9 +127,9 @@ class UserTower(nn.Module):
         liked_collaborative = (weights @ collaborative).squeeze(1)
 
         has_history = mask.any(1, keepdim=True).float()
-        has_context = (batch.context != 0).any(1, keepdim=True).float()
+        has_context = (batch.context != 0).any(1, keepdim=True).float() * config.context
         profile = batch.profile if config.profile_width else batch.profile.new_zeros(len(mask), 1)
-        has_profile = (batch.profile[:, : config.profile_width // 2] != 0).any(1, keepdim=True).float()
+        has_profile = (batch.profile[:, : config.profile_width // 2] != 0).any(1, keepdim=True).float() * config.profile
         fused = self.fusion(
             torch.cat(
                 [
@@ -137,7 +142,7 @@ class UserTower(nn.Module):
             )
         )  # fmt: skip
         unit = F.normalize(self.history_gain * liked + self.to_item(fused), dim=-1)
-        parts = [self.log_scale.exp() * unit, self.to_popularity(fused)]
+        parts = [self.log_scale.exp() * unit, self.to_popularity(fused) * config.popularity]
         if config.collaborative:
             parts.append(liked_collaborative + self.to_collaborative(fused))
         parts.append(unit.new_zeros(len(unit), 1))  # the filler of an item's row never counts
@@ -145,8 +150,10 @@ class UserTower(nn.Module):
 
     @property
     def link_weights(self) -> Tensor:
-        """[2], positive: what a link's strength and being a variant of something met add to the logit."""
-        return torch.tensor(LINK_START, device=self.link_growth.device) * (LINK_PACE * self.link_growth).exp()
+        """[2], positive: what a link's strength and being a variant of something met add to the logit. 0 without behaviour, to
+        which they belong."""
+        start = torch.tensor(LINK_START, device=self.link_growth.device) * self.config.behaviour
+        return start * (LINK_PACE * self.link_growth).exp()
 
     def link_scores(self, together: np.ndarray, variant: np.ndarray) -> Tensor:
         """What links (float32 [B, N] each, see ItemLinks.scores) add to the logits: [B, N]."""

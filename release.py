@@ -268,6 +268,7 @@ class ItemEncoder:
             digest.update(np.ascontiguousarray(array).tobytes())
         digest.update("\x00".join(features.product_ids).encode())
         digest.update(_sha256(self.cache.parent / ENCODER).encode())
+        digest.update(repr(self.tower.config).encode())  # the same weights may be read in another way
         key = digest.hexdigest()
         if self.cache.exists():
             try:

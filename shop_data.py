@@ -7,7 +7,7 @@ body, and what was wanted by then. `ShopData` builds exactly that, for the user 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -90,6 +90,14 @@ class ShopData:
             encoder.text_encoder.cached_pooled(histories.contexts),
             float(histories.at.max(initial=0.0)),
         )
+
+    def without_figures(self, figures: Sequence[str]) -> ShopData:
+        """The same shop where no profile has these figures. Raises UserError when there is one that none has anyway."""
+        known = {figure for profile in self.profiles for figure in profile}
+        if not known.issuperset(figures):
+            raise UserError(f"no profile has {sorted(set(figures) - known)}; there are {sorted(known) or 'no figures'}")
+        profiles = [{name: value for name, value in own.items() if name not in figures} for own in self.profiles]
+        return replace(self, profiles=profiles)
 
     @property
     def now(self) -> float:

@@ -14,6 +14,8 @@ with one positive for each anchor, SupConLoss over both views is the same value 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 import torch.distributed
@@ -44,7 +46,9 @@ TEXT_SAMPLE = 2000  # titles that say what is common to all
 
 
 class SimcseOptions(HoldOutOptions):
-    epochs: int = Field(10, ge=1, le=10_000, description="passes over the catalogue at most")
+    epochs: int = Field(
+        10, ge=0, le=10_000, description="passes over the catalogue at most; 0 leaves the tower untrained"
+    )
     batch_size: int = Field(512, ge=4, le=65_536, description="items a step; every other item is a negative")
     temperature: float = Field(0.1, ge=0.02, le=1.0, description="of NT-Xent; below 0.02 float32 gradients vanish")
     pairs: float = Field(
@@ -60,6 +64,13 @@ class SimcseOptions(HoldOutOptions):
     min_count: int = Field(2, ge=1, description="products that must carry an RE value before it gets a trained row")
     embedding_dim: int = Field(64, ge=4, le=1024, description="of one STD or RE value, shared with the reranker")
     output: int = Field(128, ge=8, le=1024, description="dimensions of an item vector")
+    fusion: Literal["cross", "self", "mean"] = Field(
+        "cross",
+        description="for ablation: STD attends to RE and title (cross), all attend to all (self), or their mean is taken",
+    )
+    re: bool = Field(True, description="for ablation: whether the item tower reads RE values")
+    title: bool = Field(True, description="for ablation: whether the item tower reads titles")
+    orthogonal: bool = Field(True, description="for ablation: whether the STD and RE tables start orthogonal")
 
 
 def nt_xent(views: Tensor, groups: Tensor, loss: SupConLoss) -> Tensor:
@@ -170,6 +181,10 @@ def main(options: SimcseOptions) -> None:
         text_encoder.width,
         embedding_dim=options.embedding_dim,
         output=options.output,
+        fusion=options.fusion,
+        re=options.re,
+        title=options.title,
+        orthogonal=options.orthogonal,
     )
     tower = ItemTower(config)
     sample = features.batch(np.random.default_rng(options.seed).permutation(len(products))[:TEXT_SAMPLE])

@@ -64,6 +64,13 @@ class UserOptions(HoldOutOptions):
         90.0, ge=0, le=365, description="how wanted an item was a year ago in so many days to come; 0 leaves it out"
     )
     refit: bool = Field(True, description="learn from the held-out events too before serving")
+    behaviour: bool = Field(True, description="for ablation: whether the tower reads histories and follows their links")
+    context: bool = Field(True, description="for ablation: whether the tower reads contexts")
+    profile: bool = Field(True, description="for ablation: whether the tower reads profiles")
+    popularity: bool = Field(True, description="for ablation: whether queries have weights for popularity coordinates")
+    unread_figures: list[str] = Field(
+        [], description="for ablation: figures of profiles that neither this stage nor the reranker reads"
+    )
 
 
 class SampledSoftmax:
@@ -279,7 +286,7 @@ def main(options: UserOptions) -> None:
     if options.season_days:
         windows.append((YEAR, YEAR - options.season_days))
     with Store.open(options) as store:
-        shop = ShopData.load(store, encoder, windows)
+        shop = ShopData.load(store, encoder, windows).without_figures(options.unread_figures)
     split = validation_start(shop.histories.at, options.validation_share)
     known_until = release.manifest["item_tower"].get("pairs_until")
     if known_until is not None and split < known_until:
@@ -291,7 +298,8 @@ def main(options: UserOptions) -> None:
     config = UserTowerConfig(
         items=len(shop.items), item_width=shop.vectors.shape[1], popularity_width=shop.popularity.width,
         profile_width=scaler.width, text_width=shop.context_vectors.shape[1], collaborative=options.collaborative,
-        layers=options.layers, history=options.history,
+        layers=options.layers, history=options.history, behaviour=options.behaviour, context=options.context,
+        profile=options.profile, popularity=options.popularity,
     )  # fmt: skip
 
     profiles = scaler.transform(shop.profiles)

@@ -24,7 +24,7 @@ from model_reranker import (
     start_from_retrieval,
     transfer,
 )
-from model_simcse import ItemTower, ItemTowerConfig, orthogonal_table
+from model_simcse import ItemTower, ItemTowerConfig, starting_table
 from model_user import UserTower, UserTowerConfig, fill_norms
 from tensors import ItemBatch, RerankBatch, UserBatch
 from train_simcse import alignment_uniformity, nt_xent
@@ -83,9 +83,77 @@ def test_re_and_title_reinforce_std_through_attention_alone():
 
 
 def test_tables_start_orthogonal_within_blocks_and_padding_is_zero():
-    table = orthogonal_table(20, 8)
+    table = starting_table(20, 8)
     assert table[PAD].abs().sum() == 0
     torch.testing.assert_close(table[8:16] @ table[8:16].T, torch.eye(8), atol=1e-5, rtol=0)
+
+
+def test_rows_that_start_otherwise_have_the_same_length_and_take_as_many_random_numbers():
+    left = []
+    for orthogonal in (True, False):
+        torch.manual_seed(0)
+        table = starting_table(20, 8, orthogonal)
+        torch.testing.assert_close(table[1:].norm(dim=1), torch.ones(19))
+        assert table[PAD].abs().sum() == 0
+        left.append(torch.rand(1))
+    assert (table[8:16] @ table[8:16].T - torch.eye(8)).abs().max() > 0.1
+    assert left[0] == left[1]
+
+
+def test_a_tower_draws_the_random_numbers_that_it_always_drew_and_ablated_ones_start_like_it():
+    """Measured results stay those of their seed: the next number of the generator tells how many were taken."""
+    tower = item_tower()
+    assert torch.rand(1).item() == pytest.approx(0.5241241455078125)
+    for change in ({"fusion": "mean"}, {"re": False}, {"title": False}):
+        assert all(torch.equal(own, other) for own, other in pairs_of(item_tower(**change), tower))
+        assert torch.rand(1).item() == pytest.approx(0.5241241455078125)
+    plain = item_tower(fusion="self").state_dict()
+    assert all(torch.equal(plain.pop(name), weight) for name, weight in tower.state_dict().items())
+    assert {name.partition(".")[0] for name in plain} == {"together"}
+    torch.manual_seed(0)
+    UserTower(USER)
+    assert torch.rand(1).item() == pytest.approx(0.1867145299911499)
+
+
+def pairs_of(one: torch.nn.Module, other: torch.nn.Module):
+    return zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+
+
+@pytest.mark.parametrize("fusion", ["self", "mean"])
+def test_other_fusions_read_the_same_inputs_and_no_padding(fusion):
+    tower, batch = item_tower(fusion=fusion), items()
+    vectors = tower(batch)
+    torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(3))
+    wide = ItemBatch(
+        F.pad(batch.std, (0, 3)), F.pad(batch.re, (0, 2)), F.pad(batch.tokens, (0, 0, 0, 4), value=7.0),
+        F.pad(batch.token_mask, (0, 4)),
+    )  # fmt: skip
+    torch.testing.assert_close(vectors, tower(wide))
+    for changed in (
+        {"std": batch.std.clamp(max=3)}, {"re": batch.re.clamp(max=3)}, {"tokens": batch.tokens + 1.0},
+    ):  # fmt: skip
+        assert not torch.allclose(vectors[0], tower(replace(batch, **changed))[0], atol=1e-4)
+    for part in (tower.cross_attention.out_proj, tower.feed_forward[-1]):  # of these towers nothing goes through them
+        torch.nn.init.normal_(part.weight, std=9.0)
+    torch.testing.assert_close(vectors, tower(batch))
+
+
+def test_mean_pooling_is_the_mean_of_all_inputs():
+    tower, batch = item_tower(fusion="mean"), items()
+    query, mask = tower._query(batch)
+    context, context_mask = tower._context(batch, None, 0.0)
+    every = [*tower.query_norm(query)[1][mask[1]], *context[1][context_mask[1]]]  # item, STD; nothing, RE, title token
+    assert len(every) == 5
+    first = tower.query_norm(query)[1, 0]
+    expected = F.normalize(tower.head(torch.cat([first, torch.stack(every).mean(0)])), dim=-1)
+    torch.testing.assert_close(tower(batch)[1], expected)
+
+
+@pytest.mark.parametrize(("part", "change"), [("re", {"re": False}), ("tokens", {"title": False})])
+def test_a_tower_without_an_input_is_not_moved_by_it(part, change):
+    tower, batch = item_tower(**change), items()
+    changed = replace(batch, **{part: batch.tokens + 1.0 if part == "tokens" else batch.re.clamp(max=3)})
+    torch.testing.assert_close(tower(batch), tower(changed))
 
 
 def test_augment_masks_drops_and_keeps_the_rest():
@@ -204,6 +272,32 @@ def test_each_input_moves_the_query(part):
     value = getattr(batch, part)
     changed = replace(batch, **{part: value + 1})
     assert not torch.allclose(tower(batch), tower(changed), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("off", "parts"),
+    [("behaviour", ["history", "collaborative", "kind", "age"]), ("context", ["context"]), ("profile", ["profile"])],
+)
+def test_a_tower_without_an_input_asks_as_if_it_were_missing(off, parts):
+    tower, batch = user_tower(replace(USER, **{off: False})), shoppers()
+    assert all(torch.equal(own, other) for own, other in pairs_of(tower, user_tower()))
+    for part in parts:
+        torch.testing.assert_close(tower(batch), tower(replace(batch, **{part: getattr(batch, part) + 1})))
+    missing = {
+        "behaviour": {"history_mask": torch.zeros_like(batch.history_mask)},
+        "context": {"context": torch.zeros_like(batch.context)},
+        "profile": {"profile": torch.zeros_like(batch.profile)},
+    }[off]
+    torch.testing.assert_close(tower(batch), user_tower()(replace(batch, **missing)))
+    assert (tower.link_weights == 0).all() == (off == "behaviour")
+
+
+def test_without_popularity_a_query_has_no_weight_for_it():
+    query, usual = user_tower(replace(USER, popularity=False))(shoppers()), user_tower()(shoppers())
+    assert (query[:, 5:8] == 0).all()
+    assert (usual[:, 5:8] != 0).all()
+    torch.testing.assert_close(query[:, :5], usual[:, :5])
+    torch.testing.assert_close(query[:, 8:], usual[:, 8:])
 
 
 def test_what_is_masked_does_not_move_the_query():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from item_links import ItemLinks
 from model_user import UserTower, UserTowerConfig
+from settings import UserError
 from shop_data import Requests, ShopData
 from store import EventLog
 from tensors import DAY, Histories, ItemFeatures, Popularity
@@ -101,6 +103,14 @@ def test_best_keeps_a_share_of_the_untouched(data):
     found = best(torch.from_numpy(logits)[None], count, torch.from_numpy(untouched), new)[0].numpy()
     assert logits[found].tolist() == expected
     assert set(reserved) <= set(found.tolist())
+
+
+def test_figures_that_are_not_read_are_in_no_profile_and_unknown_ones_are_named(shop):
+    bodies = replace(shop, profiles=[{"height_cm": 170.0, "age": 30.0}, {"age": 40.0}, {}])
+    assert bodies.without_figures(["height_cm"]).profiles == [{"age": 30.0}, {"age": 40.0}, {}]
+    assert bodies.without_figures([]).profiles == bodies.profiles
+    with pytest.raises(UserError, match=r"no profile has \['weight_kg'\]; there are \['age', 'height_cm'\]"):
+        bodies.without_figures(["height_cm", "weight_kg"])
 
 
 # --------------------------------------------------------------------------------------------------------------- links
