@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 ADDRESS := http://127.0.0.1:8000
 
-.PHONY: demo release serve test llm results results-hm results-rtr results-beauty clean
+.PHONY: demo release serve test llm results results-hm results-rtr results-beauty ablations clean
 
 demo: release serve
 
@@ -60,6 +60,11 @@ results-rtr: $(VENV)/installed
 
 results-beauty: $(VENV)/installed
 	$(RUN) run_split.py s3rec-beauty $(BEAUTY)
+
+# What each idea of the design is worth: every variant three times, hours in all; a stopped run goes on where it was.
+ablations: $(VENV)/installed
+	$(RUN) ablate.py sample-week
+	$(RUN) ablate.py rtr $(RTR)
 
 clean:
 	rm -rf $(VENV) .data .mypy_cache .ruff_cache .pytest_cache

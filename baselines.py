@@ -57,11 +57,15 @@ class Split:
 
     def items_of(self, user_id: str) -> np.ndarray:
         """Distinct rows of the items a shopper met; empty for a stranger."""
+        return np.unique(self.events_of(user_id))
+
+    def events_of(self, user_id: str) -> np.ndarray:
+        """Rows of the items a shopper met, event by event, in time order: int64; empty for a stranger."""
         user = self._user_number.get(user_id)
         if user is None:
             return np.zeros(0, dtype=np.int64)
         starts = self.histories.starts
-        return np.unique(self.histories.item[starts[user] : starts[user + 1]]).astype(np.int64)
+        return self.histories.item[starts[user] : starts[user + 1]].astype(np.int64)
 
     @property
     def _user_number(self) -> dict[str, int]:

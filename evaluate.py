@@ -4,7 +4,7 @@
     python evaluate.py rtr-warm FOLDER         # FOLDER: the Rent the Runway rentals; also rtr-cold
     python evaluate.py s3rec-beauty FOLDER     # FOLDER: Amazon Beauty as of S3-Rec
     python evaluate.py sample-week             # the last week of the sample shop
-    python evaluate.py page                    # docs/results.md and docs/charts from docs/results.json
+    python evaluate.py page                    # docs/results.md, examples.md and charts from what was saved
 
 The database must hold the split's training events only (`import_data.py ... --until`); the test events are read from the files
 here and nowhere else. The figures are those of metrics.py, the rows those of results.py.
@@ -30,10 +30,12 @@ import datasets.hm
 import datasets.rent_the_runway
 import datasets.s3rec
 import datasets.sample_shop
+import portrait
 from baselines import BASELINES, PEER_SCRIPTS, Split, content_vectors, peer_lists
 from catalog import Rejected
-from metrics import RETRIEVED, Catalogue, Figure, compare, coverage, figures, measure
-from recommender import Recommender, Request, UnavailableError
+from metrics import RETRIEVED, Catalogue, Figure, compare, coverage, figures, measure, write_ratios
+from recommender import LoadedRelease, Recommender, Request, UnavailableError
+from release import Release
 from results import RESULTS, Row, commit, save, short_of, write_page
 from settings import Settings, UserError, run_script
 from store import Store
@@ -60,6 +62,10 @@ class EvaluateOptions(Settings):
         None, description="python of the environment of benchmarks/peers/requirements.txt: measure these libraries too"
     )
     limit: int = Field(0, ge=0, description="judge only so many shoppers (0: all); nothing is written then")
+    shown: bool = Field(True, description="save example lists, learning curves and a map of the items for the page too")
+    per_shopper: Path | None = Field(
+        None, description="write each shopper's part of the release's figures into this .npz file, and nothing else"
+    )
 
 
 @dataclass(frozen=True)
@@ -164,7 +170,18 @@ def main(options: EvaluateOptions) -> None:
             )
         if options.limit:
             cases = cases[: options.limit]
-        lists = _our_lists(options, Recommender(store, options, text_encoder), cases)
+        recommender = Recommender(store, options, text_encoder)
+        lists = _our_lists(options, recommender, cases)
+    history = np.array([len(seen.get(case.user_id, ())) for case in cases])
+    targets = [case.targets for case in cases]
+    if options.per_shopper:
+        catalogue = catalogue_of(split)
+        ours = {stage: measure(ranked, targets, history, catalogue) for (_, stage), ranked in lists.items()}
+        write_ratios(
+            options.per_shopper,
+            {(stage, *key): ratio for stage, ratios in ours.items() for key, ratio in ratios.items()},
+        )
+        return
     if options.baselines:
         for name, score in BASELINES.items():
             found = _baseline_lists(split, cases, score)
@@ -176,16 +193,17 @@ def main(options: EvaluateOptions) -> None:
             if found is not None:
                 lists[name, "retrieval"] = found
 
-    rows = _rows(
-        options, lists, cases, np.array([len(seen.get(case.user_id, ())) for case in cases]), catalogue_of(split)
-    )
+    rows = _rows(options, lists, targets, history, catalogue_of(split))
     for row in rows:
         print(
             f"{row.model:40s} {row.stage:10s} {row.metric:21s} {row.slice:12s} "
             f"{row.value:.4f} [{row.low:.4f}, {row.high:.4f}]"
         )
-    if not options.limit:
-        save(rows)
+    if options.limit:
+        return
+    if options.shown:
+        _show(options, recommender.live(), split, cases, lists[options.model, "reranked"])
+    save(rows)
 
 
 def _training_side(store: Store, cut: datetime) -> Split:
@@ -256,8 +274,31 @@ def catalogue_of(split: Split) -> Catalogue:
     )
 
 
+def _show(
+    options: EvaluateOptions, loaded: LoadedRelease, split: Split, cases: list[Case], ranked: list[list[str]]
+) -> None:
+    """Save what the page shows of a release beside its figures."""
+    manifest = Release.open(options.models_dir, loaded.name).manifest
+    portrait.save_curves([options.what], options.model, portrait.learning_curves(manifest))
+    encoder, products = loaded.encoder, split.products
+    vectors = encoder.cached_vectors(encoder.features(products))
+    portrait.save_map(options.what, options.model, portrait.item_map(vectors, products))
+    requests = [
+        portrait.Shown(case.context, _history(split, case.user_id), case.targets, answer)
+        for case, answer in zip(cases, ranked, strict=True)
+    ]
+    examples = portrait.examples(requests, products, short_of(options.what), whole_titles=options.what == "sample-week")
+    portrait.save_examples(options.what, options.model, examples)
+
+
+def _history(split: Split, user_id: str) -> list[str]:
+    """Distinct items that a shopper met, the latest first."""
+    rows = split.events_of(user_id)[::-1]
+    return [split.product_ids[row] for row in dict.fromkeys(rows.tolist())]
+
+
 def _rows(
-    options: EvaluateOptions, lists: Lists, cases: list[Case], history: np.ndarray, catalogue: Catalogue
+    options: EvaluateOptions, lists: Lists, targets: list[list[str]], history: np.ndarray, catalogue: Catalogue
 ) -> list[Row]:
     """Every figure of every line, then the release against itself before reranking, and against every other line."""
     command = f"python evaluate.py {options.what}" + (" FOLDER" if options.folder else "")
@@ -268,7 +309,6 @@ def _rows(
     def row(model: str, stage: str, figure: Figure) -> Row:
         return Row(options.what, model, stage, **asdict(figure), commit=now, command=command)
 
-    targets = [case.targets for case in cases]
     measured = {line: measure(ranked, targets, history, catalogue) for line, ranked in lists.items()}
     rows = [
         row(*line, figure)

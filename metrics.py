@@ -22,9 +22,11 @@ Every metric but coverage is a ratio of sums over shoppers (`Ratio`), so one boo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -206,6 +208,55 @@ def compare(pairs: Sequence[tuple[Ratio, Ratio]]) -> list[Comparison]:
         )
         for column in range(len(pairs))
     ]
+
+
+def compare_runs(pairs: Sequence[tuple[Ratio, Ratio]]) -> tuple[float, float, float]:
+    """A model's mean over its runs less another's, and the bounds of 95 % of resamples; of each pair both have one seed and,
+    like all pairs, the same shoppers. ValueError if not.
+
+    Shoppers and runs are both drawn anew (the pigeonhole bootstrap: Owen, Annals of Applied Statistics 2007), since other
+    shoppers would have taken other things, and other seeds would have given other models.
+    """
+    denominator = pairs[0][0].denominator
+    if any(not np.array_equal(ratio.denominator, denominator) for pair in pairs for ratio in pair):
+        raise ValueError("only ratios with the same denominators can be paired")
+    differences = np.stack([ours.numerator - theirs.numerator for ours, theirs in pairs], axis=1)  # (S, R)
+    shoppers, runs = differences.shape
+    both = np.hstack([differences, denominator[:, None]])
+    random = np.random.default_rng(SEED)
+    resampled = []
+    for _ in range(BOOTSTRAPS):
+        sums = np.bincount(random.integers(0, shoppers, shoppers, dtype=np.int32), minlength=shoppers) @ both
+        if sums[-1] > 0:  # else nobody of a rare slice was drawn: it says nothing
+            resampled.append(sums[random.integers(0, runs, runs)].mean() / sums[-1])
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return float(differences.mean(1).sum() / denominator.sum()), float(low), float(high)
+
+
+def verdict(low: float, high: float) -> str:
+    """Of an idea, by the interval of what leaving it out makes of a figure of which more is better."""
+    return "helps" if high < 0 else "hurts" if low > 0 else "no difference seen"
+
+
+def write_ratios(path: Path, ratios: dict[tuple[str, ...], Ratio]) -> None:
+    """Every shopper's part of figures into an .npz file, which appears whole or not at all."""
+    arrays: dict[str, Any] = {}
+    for key, ratio in ratios.items():
+        arrays["|".join((*key, "numerator"))] = ratio.numerator
+        arrays["|".join((*key, "denominator"))] = ratio.denominator
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp.npz")
+    np.savez_compressed(temporary, **arrays)
+    os.replace(temporary, path)
+
+
+def read_ratios(path: Path) -> dict[tuple[str, ...], Ratio]:
+    """What `write_ratios` wrote."""
+    with np.load(path, allow_pickle=False) as saved:
+        keys = dict.fromkeys(tuple(name.split("|"))[:-1] for name in saved.files)
+        return {
+            key: Ratio(saved["|".join((*key, "numerator"))], saved["|".join((*key, "denominator"))]) for key in keys
+        }
 
 
 def _bounded(numerators: np.ndarray, denominators: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,22 +1,28 @@
-"""docs/results.json, one row a figure, and the page and charts that are drawn from it.
+"""docs/results.json, one row a figure, and the page and charts that are drawn from it and from what portrait.py saved.
 
-`evaluate.py` and `evaluate_features.py` save rows; a comparison of two models is a row of its own (`is_comparison`).
+`evaluate.py`, `evaluate_features.py` and `ablate.py` save rows; a comparison of two models is a row of its own (`is_comparison`),
+and so is each run of an ablation (`ablation_model`).
 """
 
 from __future__ import annotations
 
 import json
 import subprocess
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from charts import draw_charts, lines_of
-from metrics import HISTORIES, RETRIEVED, TOP
+from metrics import HISTORIES, RETRIEVED, TOP, verdict
+from portrait import read_curves, read_maps, write_examples_page
 
 RESULTS = Path("docs/results.json")
 STEPS = Path("docs/steps.json")  # written by run_split.py
+ABLATION, FULL, NO_TRANSFER = "ablation: ", "full model", "no transfer"
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,24 @@ def is_comparison(metric: str) -> bool:
     return metric.endswith((" difference", " p"))
 
 
+def ablation_model(name: str, seed: int | None = None) -> str:
+    """What rows call a variant of an ablation, or one of its runs."""
+    return f"{ABLATION}{name}" if seed is None else f"{ABLATION}{name}, seed {seed}"
+
+
+def ablation_figures(split: str) -> list[tuple[str, str, str]]:
+    """(stage, metric, slice) of the figures that ablations are judged by. The sample shop is small: a list of 100 holds a third of
+    what is taken next whatever the model, so there the first 10 count."""
+    recall = f"recall@{TOP if split == 'sample-week' else RETRIEVED}"
+    short = f"ndcg@{short_of(split)}"
+    return [
+        ("retrieval", recall, "all"),
+        ("retrieval", f"recall@{RETRIEVED}", "cold"),
+        ("retrieval", short, "all"),
+        ("reranked", short, "all"),
+    ]
+
+
 def commit() -> str:
     """The commit of this checkout, "unknown" outside of one."""
     found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
@@ -55,12 +79,16 @@ def commit() -> str:
 def save(rows: list[Row]) -> None:
     """Replace these models' rows on their split and stage in docs/results.json, their comparisons too, and draw the page anew."""
     RESULTS.parent.mkdir(exist_ok=True)
-    old = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
+    old = read_rows()
     replaced = {(row.split, _subject(row.model), row.stage) for row in rows}
     kept = [row for row in old if (row["split"], _subject(row["model"]), row["stage"]) not in replaced]
     every = sorted(kept + [asdict(row) for row in rows], key=lambda row: (row["split"], row["model"], row["stage"]))
     RESULTS.write_text(json.dumps(every, indent=1) + "\n", encoding="utf-8")
     write_page(every)
+
+
+def read_rows() -> list[dict[str, Any]]:
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
 
 
 def _subject(model: str) -> str:
@@ -69,7 +97,9 @@ def _subject(model: str) -> str:
 
 
 def write_page(rows: list[dict[str, Any]]) -> None:
-    """docs/results.md and docs/charts from the rows of docs/results.json and docs/steps.json."""
+    """docs/results.md, docs/examples.md and docs/charts from the rows of docs/results.json and what else was saved beside it."""
+    curves = read_curves()
+    examples = write_examples_page()
     lines = [
         "# Results",
         "",
@@ -77,10 +107,17 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         "command) and `steps.json`; `metrics.py` says what each metric is. Run it again with",
         "`make results HM=folder RTR=folder BEAUTY=folder`, the features of products with",
         "`python evaluate_features.py SET FOLDER`; what features are worth to the lists with",
-        "`python run_split.py sample-lexicon` and its like.",
+        "`python run_split.py sample-lexicon` and its like; what each idea is worth with `python ablate.py SPLIT FOLDER`.",
     ]
-    charts = draw_charts([row for row in rows if not is_comparison(row["metric"])], RESULTS.parent / "charts")
-    for split in dict.fromkeys(row["split"] for row in rows):
+    if examples:
+        lines += ["Lists that were really made, good and bad: [examples.md](examples.md)."]
+    ablations = [row for row in rows if row["model"].startswith(ABLATION)]
+    rows = [row for row in rows if not row["model"].startswith(ABLATION)]
+    charts = draw_charts(
+        [row for row in rows if not is_comparison(row["metric"])], RESULTS.parent / "charts",
+        [row for row in ablations if is_comparison(row["metric"])], curves, read_maps(),
+    )  # fmt: skip
+    for split in sorted({row["split"] for row in (*rows, *ablations)}):
         own = [row for row in rows if row["split"] == split]
         if any(row["metric"] == "f1" for row in own):
             lines += _features_section(split, own)
@@ -88,10 +125,14 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         lines += ["", f"## {split}"]
         plain = [row for row in own if not is_comparison(row["metric"])]
         lines += _lists_section(plain, short_of(split))
-        for name, says in charts.get(split, {}).items():
-            lines += ["", f"![{says}](charts/{name})"]
+        drawn = charts.get(split, {})
+        lines += _pictures(drawn, "recall", "warm-cold")
         lines += _beyond_section(plain, short_of(split))
         lines += _comparisons_section([row for row in own if is_comparison(row["metric"])])
+        lines += _pictures(drawn, "curves", "map")
+        lines += _ablations_section(split, [row for row in ablations if row["split"] == split])
+        lines += _pictures(drawn, "ablation", "transfer")
+        lines += _transfer_section([curve for curve in curves if curve["split"] == split])
     if STEPS.exists():
         lines += [
             "",
@@ -179,6 +220,92 @@ def _comparisons_section(rows: list[dict[str, Any]]) -> list[str]:
             cells.append("" if p is None else f"{p['value']:.4f}")
         lines.append(f"| {model} | {stage} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _pictures(drawn: dict[str, tuple[str, str]], *kinds: str) -> list[str]:
+    return [line for kind in kinds if kind in drawn for line in ("", f"![{drawn[kind][1]}](charts/{drawn[kind][0]})")]
+
+
+def _ablations_section(split: str, rows: list[dict[str, Any]]) -> list[str]:
+    """What the model is without each of its ideas: the mean of its runs, and the difference to the full model."""
+    if not rows:
+        return []
+    values: dict[tuple[str, str, str, str], list[float]] = defaultdict(list)
+    difference: dict[tuple[str, str, str, str], dict[str, Any]] = {}
+    for row in rows:
+        name = row["model"].removeprefix(ABLATION)
+        if is_comparison(row["metric"]):
+            metric = row["metric"].removesuffix(" difference")
+            difference[name.partition(" against ")[0], row["stage"], metric, row["slice"]] = row
+        else:
+            values[name.rpartition(", seed ")[0], row["stage"], row["metric"], row["slice"]].append(row["value"])
+    columns = [key for key in ablation_figures(split) if (FULL, *key) in values]
+    head = " | ".join(f"{metric} {part}, {stage}" for stage, metric, part in columns)
+    names = sorted({name for name, *_ in values} - {FULL})
+    runs = max(len(found) for found in values.values())
+    lines = [
+        "",
+        f"### {split}: what each idea is worth",
+        "",
+        f"The full model and the model without one idea, each trained with up to {runs} seeds: the mean and standard deviation",
+        "of the runs.",
+        "",
+        f"| model | runs | {head} |",
+        "|---|---|" + "---|" * len(columns),
+    ]
+    for name in (FULL, *names):
+        found = [values.get((name, *key), []) for key in columns]
+        lines.append(f"| {name} | {max(map(len, found))} | " + " | ".join(map(_mean_and_deviation, found)) + " |")
+    if not difference:
+        return lines
+    lines += [
+        "",
+        "Without the idea less the full model, of the same seeds and on the same shoppers, with 95 % of bootstrap resamples over",
+        "both; what it says of the idea, each figure by itself: it **helps** where the model is worse without it.",
+        "",
+        f"| without, or in its place | {head} |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for name in names:
+        cells = []
+        for key in columns:
+            found_row = difference.get((name, *key))
+            cells.append("" if found_row is None else _worth(found_row))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _mean_and_deviation(values: list[float]) -> str:
+    if not values:
+        return ""
+    deviation = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.4f}{deviation}"
+
+
+def _worth(row: dict[str, Any]) -> str:
+    says = verdict(row["low"], row["high"])
+    return f"{says if says == 'no difference seen' else f'**{says}**'} {row['value']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
+
+
+def _transfer_section(curves: list[dict[str, Any]]) -> list[str]:
+    """After how many epochs the reranker with transferred tables is as good as the one without ever gets."""
+    points = {curve["model"]: curve["points"] for curve in curves}
+    found = []
+    for model, without in points.items():
+        seed = model.removeprefix(ablation_model(f"{NO_TRANSFER}, seed "))
+        if seed == model or (with_tables := points.get(ablation_model(FULL, int(seed)))) is None:
+            continue
+        best = max(value for _, _, value in without)
+        epoch_of = [next((epoch for epoch, _, value in own if value >= best), None) for own in (with_tables, without)]
+        found.append((int(seed), *epoch_of))
+    if not found:
+        return []
+    told = [f"{'never' if ours is None else ours} against {theirs}" for _, ours, theirs in sorted(found)]
+    return [
+        "",
+        "Epochs until the reranker's validation figure is as good as it ever gets without the item tower's tables, with them",
+        f"against without, seed by seed: {'; '.join(told)}.",
+    ]
 
 
 def _features_section(split: str, rows: list[dict[str, Any]]) -> list[str]:

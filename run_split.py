@@ -33,6 +33,7 @@ SELLER = ["extract_features.py", "--reader", "seller"]
 EMBEDDED = ["extract_features.py", "--reader", "embedded", "--extract-examples", "0"]
 EMBEDDED += ["--answers", "datasets/sample_shop_answers.jsonl.gz"]
 SELLER_NAME = "styletower, sellers' attributes alone"
+MODELS = "saved_models"  # of each pipeline's own folder
 
 
 def _hm(extract: list[str], *evaluate: str) -> list[list[str]]:
@@ -49,7 +50,7 @@ def _hm(extract: list[str], *evaluate: str) -> list[list[str]]:
     ]
 
 
-def _sample(extract: list[str], name: str) -> list[list[str]]:
+def _sample(extract: list[str], name: str, *evaluate: str) -> list[list[str]]:
     """The sample shop's last week, trained as `make demo` does, with features by one reader."""
     return [
         ["import_data.py", "sample", "--until", "2026-06-23"],
@@ -58,15 +59,16 @@ def _sample(extract: list[str], name: str) -> list[list[str]]:
         ["train_user.py", "--release", "split", "--epochs", "3", "--learning-rate", "0.002", "--history", "20"],
         ["train_reranker.py", "--release", "split"],
         ["build_index.py", "--release", "split"],
-        ["evaluate.py", "sample-week", "--model", name],
+        ["evaluate.py", "sample-week", "--model", name, *evaluate],
     ]
 
 
+# The page shows one model of a split; the others stand in its tables.
 PIPELINES: dict[str, list[list[str]]] = {
     "hm-week": _hm(["extract_features.py"]),
-    "hm-seller": _hm(SELLER, "--no-baselines", "--model", SELLER_NAME),
-    "sample-seller": _sample(SELLER, SELLER_NAME),
-    "sample-lexicon": _sample(["extract_features.py"], "styletower, features by the lexicon"),
+    "hm-seller": _hm(SELLER, "--no-baselines", "--no-shown", "--model", SELLER_NAME),
+    "sample-seller": _sample(SELLER, SELLER_NAME, "--no-shown"),
+    "sample-lexicon": _sample(["extract_features.py"], "styletower, features by the lexicon", "--no-shown"),
     "sample-embedded": _sample(EMBEDDED, "styletower, features by the embedded model"),
     "rtr": [
         ["import_data.py", "rent-the-runway", "{folder}", "--until", "2017-07-01"],
@@ -123,35 +125,42 @@ class SplitOptions(Settings):
 
 
 def main(options: SplitOptions) -> None:
-    needs_folder = any("{folder}" in step for step in PIPELINES[options.split])
-    if needs_folder and (options.folder is None or not options.folder.is_dir()):
-        raise UserError(f"{options.folder} is not a folder; give the one that holds the data set's files")
     home = options.data_dir / options.split
-    models = home / "saved_models"
-    if options.fresh:
-        # The database may be a link to where the server's user may enter (see store/embedded.py).
-        for folder in ((home / "postgres").resolve(), home):
-            shutil.rmtree(folder, ignore_errors=True)
-    models.mkdir(parents=True, exist_ok=True)
-    # The text encoder and its cache are the same for every split.
-    environment = {**os.environ, "DATA_DIR": str(home), "MODELS_DIR": str(models), "DATABASE_URL": ""}
-    for shared in ("text_encoder", "text_cache"):
-        (options.data_dir / shared).mkdir(parents=True, exist_ok=True)
-        if not (home / shared).exists():
-            (home / shared).symlink_to((options.data_dir / shared).resolve())
-
+    environment = open_home(home, PIPELINES[options.split], options.folder, options.fresh)
     for step in PIPELINES[options.split]:
-        if _done(step, models):
+        if is_done(step, home / MODELS):
             print(f"{' '.join(step)}: done before")
             continue
-        command = [sys.executable, *(part.format(folder=options.folder) for part in step)]
-        print(f"== {' '.join(step)}", flush=True)
-        started = time.monotonic()
-        code, memory = _run(command, environment, home / "measured.json")
-        seconds = time.monotonic() - started
-        if code != 0:
-            raise UserError(f"{step[0]} ended with status {code}; mend it and run this again")
+        seconds, memory = run_step(step, options.folder, home, environment)
         _note(options.split, step, seconds, memory, options.fresh)
+
+
+def open_home(home: Path, steps: list[list[str]], folder: Path | None, fresh: bool) -> dict[str, str]:
+    """Make the folder in which a pipeline has its database and releases, and give the environment of its steps. Raises UserError
+    when a step reads `folder` and it is not there."""
+    if any("{folder}" in step for step in steps) and (folder is None or not folder.is_dir()):
+        raise UserError(f"{folder} is not a folder; give the one that holds the data set's files")
+    if fresh:
+        # The database may be a link to where the server's user may enter (see store/embedded.py).
+        for old in ((home / "postgres").resolve(), home):
+            shutil.rmtree(old, ignore_errors=True)
+    (home / MODELS).mkdir(parents=True, exist_ok=True)
+    for shared in ("text_encoder", "text_cache"):  # the same for every pipeline
+        (home.parent / shared).mkdir(parents=True, exist_ok=True)
+        if not (home / shared).exists():
+            (home / shared).symlink_to((home.parent / shared).resolve())
+    return {**os.environ, "DATA_DIR": str(home), "MODELS_DIR": str(home / MODELS), "DATABASE_URL": ""}
+
+
+def run_step(step: list[str], folder: Path | None, home: Path, environment: dict[str, str]) -> tuple[float, int]:
+    """Run a step; gives its seconds and peak memory in bytes. Raises UserError when it fails."""
+    command = [sys.executable, *(part.format(folder=folder) for part in step)]
+    print(f"== {' '.join(step)}", flush=True)
+    started = time.monotonic()
+    code, memory = _run(command, environment, home / "measured.json")
+    if code != 0:
+        raise UserError(f"{step[0]} ended with status {code}; mend it and run this again")
+    return time.monotonic() - started, memory
 
 
 def _run(command: list[str], environment: dict[str, str], measured: Path) -> tuple[int, int]:
@@ -165,7 +174,8 @@ def _run(command: list[str], environment: dict[str, str], measured: Path) -> tup
     return code, peak * (1 if sys.platform == "darwin" else 1024)
 
 
-def _done(step: list[str], models: Path) -> bool:
+def is_done(step: list[str], models: Path) -> bool:
+    """Whether a training or an index is in the release already."""
     part = PARTS.get(step[0])
     return part is not None and "split" in Release.names(models) and part in Release.open(models, "split").manifest
 

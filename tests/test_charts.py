@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import charts
 from charts import draw_charts, lines_of
 
 RECALL = {10: 0.11, 12: 0.13, 20: 0.2, 50: 0.35}
@@ -25,8 +26,9 @@ def rows():
 def test_each_split_gets_both_charts_the_same_bytes_each_time(rows, tmp_path):
     drawn = draw_charts(rows, tmp_path / "one")
     assert drawn == draw_charts(rows, tmp_path / "two")
-    assert list(drawn["rtr-warm"]) == ["rtr-warm-recall.svg", "rtr-warm-warm-cold.svg"]
-    for name in drawn["rtr-warm"]:
+    names = [name for name, _ in drawn["rtr-warm"].values()]
+    assert names == ["rtr-warm-recall.svg", "rtr-warm-warm-cold.svg"]
+    for name in names:
         svg = (tmp_path / "one" / name).read_bytes()
         assert svg == (tmp_path / "two" / name).read_bytes()
         assert b">EASE<" in svg
@@ -42,9 +44,47 @@ def test_a_figure_more_is_another_chart(rows, tmp_path):
 
 def test_rows_without_the_figures_of_a_chart_leave_it_out(rows, tmp_path):
     old = [row for row in rows if row["metric"] == "recall@100"]
-    assert list(draw_charts(old, tmp_path)["rtr-warm"]) == ["rtr-warm-warm-cold.svg"]
+    assert list(draw_charts(old, tmp_path)["rtr-warm"]) == ["warm-cold"]
     assert draw_charts([row for row in old if row["slice"] == "warm"], tmp_path / "none") == {}
     assert not (tmp_path / "none").exists()
+
+
+def difference(name: str, value: float, metric: str = "ndcg@10"):
+    return {
+        **row(f"ablation: {name} against the full model", f"{metric} difference", value), "low": value - 0.02,
+        "high": value + 0.02,
+    }  # fmt: skip
+
+
+def curve(model: str, part: str, values: list[float]):
+    points = [[epoch, None if epoch == 0 else 5.0 - epoch, value] for epoch, value in enumerate(values)]
+    return {"split": "rtr-warm", "model": model, "part": part, "metric": "ndcg@12", "best_epoch": 1, "points": points}
+
+
+def test_what_portraits_and_ablations_saved_is_drawn_the_same_bytes_each_time(tmp_path):
+    ablations = [difference("no title", -0.1), difference("mean pooling", 0.1), difference("no RE", 0.01)]
+    curves = [curve("styletower", part, [0.1, 0.3, 0.2]) for part in ("item_tower", "user_tower")]
+    curves += [curve(f"ablation: {name}, seed 1", "reranker", [0.1, 0.2]) for name in ("full model", "no transfer")]
+    points = [[number / 10, 0.5, f"kind {number % 15}"] for number in range(60)]
+    maps = {"rtr-warm": {"items": 90, "shares": [0.25, 0.125], "points": points}}
+    drawn = draw_charts([], tmp_path / "one", ablations, curves, maps)
+    assert drawn == draw_charts([], tmp_path / "two", ablations, curves, maps)
+    svg = {kind: (tmp_path / "one" / name).read_text() for kind, (name, _) in drawn["rtr-warm"].items()}
+    assert list(svg) == ["curves", "map", "ablation", "transfer"]
+    for kind, (name, _) in drawn["rtr-warm"].items():
+        assert svg[kind] == (tmp_path / "two" / name).read_text()
+    for told in (
+        ">first principal component, 25% of the variance<",
+        ">60 of 90 items<",
+        ">kind 0 (4)<",
+        ">other (12)<",
+    ):
+        assert told in svg["map"]
+    for colour in charts.VERDICTS.values():  # one of the three helps, one hurts, of one nothing is seen
+        assert f"stroke: {colour}" in svg["ablation"]
+    assert ">no title<" in svg["ablation"]
+    assert ">user tower: ndcg@12<" in svg["curves"]
+    assert draw_charts([], tmp_path / "none", ablations, curves[:-1])["rtr-warm"].keys() == {"curves", "ablation"}
 
 
 def test_ours_comes_last_and_reranked_after_retrieved():

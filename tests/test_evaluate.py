@@ -28,6 +28,7 @@ from evaluate import (
     s3rec_cases,
     sample_cases,
 )
+from metrics import read_ratios
 from recommender import Recommender
 from settings import run_script
 from tests.test_import_sources import article, bought, rental, s3rec_folder, write_csv, write_lines
@@ -151,7 +152,8 @@ def judge(store, settings, hm_folder, monkeypatch, capsys):
     capsys.readouterr()
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, "--database-url", settings.database_url])
+        given = [*arguments, "--no-shown", "--database-url", settings.database_url]  # the scripted one has no release
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *given])
         try:
             run_script(EvaluateOptions, evaluate.main)
         except SystemExit as stopped:
@@ -209,6 +211,16 @@ def test_the_script_judges_both_stages_and_the_plain_lines(judge, hm_folder):
     assert judge("hm-week", ".")[0] == 0
     assert judge("page")[0] == 0
     assert written() == before
+
+
+def test_each_shoppers_part_can_be_written_instead(judge, hm_folder):
+    assert judge("hm-week", ".", "--per-shopper", "parts.npz")[0] == 0
+    found = read_ratios(hm_folder / "parts.npz")
+    second, third = 1 / math.log2(3), 1 / math.log2(4)
+    assert found["retrieval", "ndcg@12", "all"].numerator == pytest.approx([second, third])
+    assert found["reranked", "ndcg@12", "all"].numerator == pytest.approx([second, 1])
+    assert found["reranked", "recall@100", "cold"].denominator.tolist() == [1, 0]
+    assert not (hm_folder / "docs").exists()
 
 
 def test_a_limited_run_writes_nothing(judge, hm_folder):

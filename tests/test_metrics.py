@@ -13,7 +13,19 @@ from hypothesis import strategies as st
 from sklearn.metrics import ndcg_score
 
 import metrics
-from metrics import Catalogue, Ratio, compare, coverage, figures, measure, sign_flip_p
+from metrics import (
+    Catalogue,
+    Ratio,
+    compare,
+    compare_runs,
+    coverage,
+    figures,
+    measure,
+    read_ratios,
+    sign_flip_p,
+    verdict,
+    write_ratios,
+)
 from train_reranker import ndcg
 
 STRANGERS = [f"x{number}" for number in range(200)]  # nobody met or took them
@@ -264,3 +276,50 @@ def test_a_ratio_over_targets_is_compared_over_targets():
 def test_only_figures_of_the_same_shoppers_can_be_paired():
     with pytest.raises(ValueError, match="same denominators"):
         compare([(mean_of([1, 1]), Ratio(np.ones(2), np.array([1.0, 0.0])))])
+
+
+# --- several runs, and what they say of an idea
+
+
+def ratio(*values: float) -> Ratio:
+    return Ratio(np.array(values), np.ones(len(values)))
+
+
+def test_runs_are_compared_by_their_mean_and_other_seeds_count_as_other_shoppers_do():
+    """Every shopper has the same difference: only the seeds differ, and resamples lie between the least and the most."""
+    pairs = [(ratio(0.5, 0.7), ratio(0.4, 0.6)), (ratio(0.7, 0.9), ratio(0.4, 0.6))]
+    value, low, high = compare_runs(pairs)
+    assert (value, low, high) == pytest.approx((0.2, 0.1, 0.3))
+    assert compare_runs(pairs[:1]) == pytest.approx((0.1, 0.1, 0.1))
+    assert compare_runs([(ratio(1, 0, 0, 0), ratio(0, 0, 0, 0))] * 2)[0] == pytest.approx(0.25)
+
+
+def test_one_run_has_the_bounds_of_a_paired_bootstrap_over_shoppers():
+    random = np.random.default_rng(1)
+    ours, theirs = (Ratio(random.random(400), np.ones(400)) for _ in range(2))
+    (other,) = compare([(ours, theirs)])
+    assert compare_runs([(ours, theirs)])[0] == pytest.approx(other.difference)
+    assert compare_runs([(ours, theirs)])[1:] == pytest.approx((other.low, other.high), abs=0.005)
+
+
+def test_runs_on_other_shoppers_are_refused():
+    with pytest.raises(ValueError, match="same denominators"):
+        compare_runs([(ratio(0.5), ratio(0.4)), (Ratio(np.ones(1), np.zeros(1)), ratio(0.4))])
+
+
+def test_an_idea_helps_where_it_is_missed():
+    assert [verdict(-0.2, -0.1), verdict(-0.1, 0.1), verdict(0.1, 0.2)] == ["helps", "no difference seen", "hurts"]
+
+
+def test_ratios_are_read_as_they_were_written(tmp_path):
+    written = {
+        ("reranked", "ndcg@10", "all"): ratio(0.25, 0.5),
+        ("retrieval", "recall@100", "history 1-2"): ratio(1, 0),
+    }
+    write_ratios(tmp_path / "new" / "run.npz", written)
+    read = read_ratios(tmp_path / "new" / "run.npz")
+    assert list(read) == list(written)
+    for key, own in written.items():
+        np.testing.assert_array_equal(read[key].numerator, own.numerator)
+        np.testing.assert_array_equal(read[key].denominator, own.denominator)
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["run.npz"]

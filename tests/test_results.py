@@ -6,7 +6,20 @@ import json
 
 import pytest
 
-from results import Row, is_comparison, save, short_of, write_page
+from catalog import Product
+from portrait import Shown, examples, save_curves, save_examples, save_map
+from results import (
+    FULL,
+    NO_TRANSFER,
+    Row,
+    ablation_figures,
+    ablation_model,
+    is_comparison,
+    read_rows,
+    save,
+    short_of,
+    write_page,
+)
 
 
 @pytest.fixture
@@ -17,6 +30,10 @@ def docs(tmp_path, monkeypatch):
 
 def row(split: str, model: str, value: float, part: str = "all", metric: str = "recall@100", stage: str = "retrieval"):
     return Row(split, model, stage, metric, part, value, value - 0.01, value + 0.01, 7, "c0ffee", "python")
+
+
+def page(docs) -> str:
+    return (docs / "results.md").read_text()
 
 
 def tables(docs) -> list[list[str]]:
@@ -119,3 +136,95 @@ def test_a_comparison_is_told_by_its_metric():
     assert [is_comparison(metric) for metric in ("ndcg@10 difference", "ndcg@10 p", "mrr", "hit@10")] == [
         True, True, False, False,
     ]  # fmt: skip
+
+
+# --- ablations
+
+
+def ablation(name: str, seed: int, value: float, metric: str = "ndcg@10", stage: str = "retrieval", part: str = "all"):
+    return row("sample-week", ablation_model(name, seed), value, part, metric, stage)
+
+
+def against(name: str, value: float, low: float, high: float):
+    model = f"{ablation_model(name)} against the {FULL}"
+    return Row("sample-week", model, "retrieval", "ndcg@10 difference", "all", value, low, high, 7, "c0ffee", "python")
+
+
+def test_ablations_have_their_own_tables_by_hand_and_no_place_in_the_others(docs):
+    runs = [
+        ablation(FULL, 0, 0.10),
+        ablation(FULL, 1, 0.14),
+        ablation("no title", 0, 0.08),
+        ablation("no title", 1, 0.08),
+    ]
+    runs += [ablation("no RE", 0, 0.15), ablation(FULL, 0, 0.3, "recall@100", part="cold")]
+    others = [against("no title", -0.04, -0.06, -0.02), against("no RE", 0.05, -0.01, 0.11)]
+    save([row("sample-week", "EASE", 0.5), *runs, *others])
+    plain, values, differences = tables(docs)
+    assert plain[2:] == ["| EASE | retrieval | 0.5000 [0.4900, 0.5100] |"]
+    assert values == [
+        "| model | runs | recall@100 cold, retrieval | ndcg@10 all, retrieval |",
+        "|---|---|---|---|",
+        "| full model | 2 | 0.3000 | 0.1200 ± 0.0283 |",  # sqrt((.02^2 + .02^2) / 1)
+        "| no RE | 1 |  | 0.1500 |",
+        "| no title | 2 |  | 0.0800 ± 0.0000 |",
+    ]
+    assert differences == [
+        "| without, or in its place | recall@100 cold, retrieval | ndcg@10 all, retrieval |",
+        "|---|---|---|",
+        "| no RE |  | no difference seen +0.0500 [-0.0100, +0.1100] |",
+        "| no title |  | **helps** -0.0400 [-0.0600, -0.0200] |",
+    ]
+    assert "![What the model loses without each idea](charts/sample-week-ablation.svg)" in page(docs)
+
+
+def test_a_variants_difference_and_runs_replace_their_own(docs):
+    save([ablation(FULL, 0, 0.1), ablation("no title", 0, 0.2), against("no title", 0.1, 0, 0.2)])
+    save([ablation("no title", 1, 0.3), against("no title", 0.15, 0, 0.3)])
+    save([ablation("no title", 0, 0.4)])
+    rows = [(row["model"], row["value"]) for row in json.loads((docs / "results.json").read_text())]
+    assert rows == [
+        ("ablation: full model, seed 0", 0.1), ("ablation: no title against the full model", 0.15),
+        ("ablation: no title, seed 0", 0.4), ("ablation: no title, seed 1", 0.3),
+    ]  # fmt: skip
+
+
+def test_the_small_shop_is_judged_by_shorter_lists():
+    assert ablation_figures("sample-week")[0] == ("retrieval", "recall@10", "all")
+    assert ablation_figures("rtr-cold")[0] == ("retrieval", "recall@100", "all")
+    assert ablation_figures("rtr-cold")[-1] == ("reranked", "ndcg@10", "all")
+
+
+def test_the_page_says_how_much_sooner_a_reranker_with_tables_is_as_good(docs):
+    def learned(name: str, seed: int, values: list[float]):
+        points = [[epoch, None, value] for epoch, value in enumerate(values)]
+        curve = {"part": "reranker", "metric": "ndcg@12", "best_epoch": 1, "points": points}
+        save_curves(["rtr-warm"], ablation_model(name, seed), [curve])
+
+    learned(FULL, 0, [0.1, 0.2, 0.4])
+    learned(NO_TRANSFER, 0, [0.1, 0.1, 0.15, 0.3])
+    learned(FULL, 1, [0.1, 0.2])
+    learned(NO_TRANSFER, 1, [0.1, 0.3, 0.2])
+    learned(NO_TRANSFER, 2, [0.1, 0.3])
+    save([row("rtr-warm", "EASE", 0.5)])
+    assert "seed by seed: 2 against 3; never against 1." in page(docs)
+    assert "charts/rtr-warm-transfer.svg" in page(docs)
+
+
+def test_the_page_shows_what_portraits_saved_and_is_the_same_each_time(docs):
+    save_map(
+        "rtr-warm", "styletower", {"items": 2, "shares": [0.6, 0.3], "points": [[0.0, 1.0, "gown"], [1.0, 0.0, ""]]}
+    )
+    save_curves(
+        ["rtr-warm"], "styletower",
+        [{"part": "reranker", "metric": "ndcg@12", "best_epoch": 1, "points": [[0, None, 0.1], [1, 3.0, 0.2]]}],
+    )  # fmt: skip
+    requests = [Shown("", [], ["p1"], ["p1"]), Shown("", [], ["p2"], ["p1"])]
+    save_examples("rtr-warm", "styletower", examples(requests, [Product(product_id="p1", title="gown")], 10, True))
+    save([row("rtr-warm", "EASE", 0.5)])
+    for told in ("charts/rtr-warm-curves.svg", "charts/rtr-warm-map.svg", "[examples.md](examples.md)"):
+        assert told in page(docs)
+    before = {file: file.read_bytes() for file in docs.rglob("*.*")}
+    assert {"examples.md", "rtr-warm-map.svg", "curves.json", "rtr-warm.json"} <= {file.name for file in before}
+    write_page(read_rows())
+    assert {file: file.read_bytes() for file in docs.rglob("*.*")} == before
