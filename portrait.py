@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -199,27 +200,25 @@ def write_examples_page() -> bool:
 
 
 def _told(example: Example) -> list[str]:
-    lines = ["", f"Asked for: {example.context}"] if example.context else []
+    lines = ["", f"Asked for: {_plain(example.context)}"] if example.context else []
     earlier = example.history_length - len(example.history)
     more = f", and {earlier} earlier" if earlier else ""
+    met = "; ".join(map(_plain, example.history)) + more if example.history else "nothing"
+    lines += ["", f"Met before, the latest first: {met}.", "", "| place | recommended | taken |", "|---|---|---|"]
     lines += [
-        "",
-        "Met before, the latest first: " + ("; ".join(example.history) + more if example.history else "nothing") + ".",
-    ]
-    lines += ["", "| place | recommended | taken |", "|---|---|---|"]
-    lines += [
-        f"| {place} | {_cell(text)} | {'**yes**' if place in example.taken_places else ''} |"
+        f"| {place} | {_plain(text)} | {'**yes**' if place in example.taken_places else ''} |"
         for place, text in enumerate(example.recommended, start=1)
     ]
     taken = [
-        f"{text} ({'not in the list' if place is None else f'place {place}'})"
+        f"{_plain(text)} ({'not in the list' if place is None else f'place {place}'})"
         for text, place in zip(example.taken, example.places, strict=True)
     ]
     return [*lines, "", "What was taken: " + "; ".join(taken) + "."]
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+def _plain(text: str) -> str:
+    """Text in Markdown that means what it says, whatever a seller typed."""
+    return re.sub(r"([\\`*_<|\[\]])", r"\\\1", text)
 
 
 def _write(path: Path, text: str) -> None:

@@ -242,13 +242,11 @@ def _ablations_section(split: str, rows: list[dict[str, Any]]) -> list[str]:
     columns = [key for key in ablation_figures(split) if (FULL, *key) in values]
     head = " | ".join(f"{metric} {part}, {stage}" for stage, metric, part in columns)
     names = sorted({name for name, *_ in values} - {FULL})
-    runs = max(len(found) for found in values.values())
     lines = [
         "",
         f"### {split}: what each idea is worth",
         "",
-        f"The full model and the model without one idea, each trained with up to {runs} seeds: the mean and standard deviation",
-        "of the runs.",
+        "The full model and the model without one idea: mean and standard deviation of their runs, each with a seed of its own.",
         "",
         f"| model | runs | {head} |",
         "|---|---|" + "---|" * len(columns),
@@ -283,6 +281,8 @@ def _mean_and_deviation(values: list[float]) -> str:
 
 
 def _worth(row: dict[str, Any]) -> str:
+    if row["value"] == row["low"] == row["high"] == 0:
+        return "the same"  # a figure that the idea has no part in
     says = verdict(row["low"], row["high"])
     return f"{says if says == 'no difference seen' else f'**{says}**'} {row['value']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
 

@@ -157,8 +157,12 @@ def test_ablations_have_their_own_tables_by_hand_and_no_place_in_the_others(docs
         ablation("no title", 0, 0.08),
         ablation("no title", 1, 0.08),
     ]
-    runs += [ablation("no RE", 0, 0.15), ablation(FULL, 0, 0.3, "recall@100", part="cold")]
-    others = [against("no title", -0.04, -0.06, -0.02), against("no RE", 0.05, -0.01, 0.11)]
+    runs += [ablation("no luck", 0, 0.1), ablation("no RE", 0, 0.15), ablation(FULL, 0, 0.3, "recall@100", part="cold")]
+    others = [
+        against("no title", -0.04, -0.06, -0.02),
+        against("no RE", 0.05, -0.01, 0.11),
+        against("no luck", 0, 0, 0),
+    ]
     save([row("sample-week", "EASE", 0.5), *runs, *others])
     plain, values, differences = tables(docs)
     assert plain[2:] == ["| EASE | retrieval | 0.5000 [0.4900, 0.5100] |"]
@@ -167,12 +171,14 @@ def test_ablations_have_their_own_tables_by_hand_and_no_place_in_the_others(docs
         "|---|---|---|---|",
         "| full model | 2 | 0.3000 | 0.1200 ± 0.0283 |",  # sqrt((.02^2 + .02^2) / 1)
         "| no RE | 1 |  | 0.1500 |",
+        "| no luck | 1 |  | 0.1000 |",
         "| no title | 2 |  | 0.0800 ± 0.0000 |",
     ]
     assert differences == [
         "| without, or in its place | recall@100 cold, retrieval | ndcg@10 all, retrieval |",
         "|---|---|---|",
         "| no RE |  | no difference seen +0.0500 [-0.0100, +0.1100] |",
+        "| no luck |  | the same |",
         "| no title |  | **helps** -0.0400 [-0.0600, -0.0200] |",
     ]
     assert "![What the model loses without each idea](charts/sample-week-ablation.svg)" in page(docs)
