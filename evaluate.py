@@ -229,7 +229,9 @@ def _our_lists(options: EvaluateOptions, recommender: Recommender, cases: list[C
     retrieved, reranked = [], []
     for case in tqdm(cases, desc=options.what, unit="shopper"):
         try:
-            answer = recommender.recommend(Request(case.user_id, context=case.context, k=RETRIEVED, now=case.at))
+            answer = recommender.recommend(
+                Request(case.user_id, context=case.context, k=RETRIEVED, now=case.at, explain=False)
+            )
         except UnavailableError as error:
             raise UserError(str(error)) from error
         if answer.degraded:  # popular items, given in place of what was asked: no figure of ours

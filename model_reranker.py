@@ -175,30 +175,43 @@ class FusedDeepFM(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, batch: RerankBatch) -> Tensor:
-        config = self.config
-        dim, user_width = config.embedding_dim, len(config.user_dense)
-        user = torch.stack([_mean(self.std_table, batch.user_std), _mean(self.re_table, batch.user_re)], dim=1)
-        item = [
-            _mean(self.std_table, ids)
-            for ids in batch.item_std.split(list(config.std_slots.values()), dim=-1)
-        ]  # fmt: skip
-        item.append(_mean(self.re_table, batch.item_re))
-        items = torch.stack(item, dim=2)  # (B, N, fields, dim + 1)
+        user = self.embed_user(batch.user_std, batch.user_re)
+        items = torch.cat([self.embed_std(batch.item_std), self.embed_re(batch.item_re)], dim=2)
+        return self.score(user, batch.user_dense, items, batch.item_dense)
 
+    def embed_user(self, std: Tensor, re: Tensor) -> Tensor:
+        """[B, 2, dim + 1], the last column being the first-order weight, of ids [B, history_ids]."""
+        return torch.stack([_mean(self.std_table, std), _mean(self.re_table, re)], dim=1)
+
+    def embed_std(self, ids: Tensor) -> Tensor:
+        """[..., STD fields, dim + 1] of ids [..., std slots]."""
+        fields = ids.split(list(self.config.std_slots.values()), dim=-1)
+        return torch.stack([_mean(self.std_table, field) for field in fields], dim=-2)
+
+    def embed_re(self, ids: Tensor) -> Tensor:
+        """[..., 1, dim + 1] of ids [..., re slots]."""
+        return _mean(self.re_table, ids).unsqueeze(-2)
+
+    def score(self, user: Tensor, user_dense: Tensor, items: Tensor, item_dense: Tensor) -> Tensor:
+        """Logits [B, N] of lists of items [B, N, fields, dim + 1], or of the same items [1, N, ...] in each list."""
+        dim, user_width = self.config.embedding_dim, len(self.config.user_dense)
+        sparse = dim * items.shape[2]
         user_embedding, item_embedding = user[..., :dim], items[..., :dim]
         first_order = (
-            (user[..., dim].sum(1) + batch.user_dense @ self.dense_weight[:user_width]).unsqueeze(1)
+            (user[..., dim].sum(1) + user_dense @ self.dense_weight[:user_width]).unsqueeze(1)
             + items[..., dim].sum(2)
-            + batch.item_dense @ self.dense_weight[user_width:]
+            + item_dense @ self.dense_weight[user_width:]
         )
         total = user_embedding.sum(1).unsqueeze(1) + item_embedding.sum(2)  # (B, N, dim)
         squares = user_embedding.pow(2).sum((1, 2)).unsqueeze(1) + item_embedding.pow(2).sum((2, 3))
         second_order = 0.5 * (total.pow(2).sum(-1) - squares)
 
-        user_hidden = F.linear(torch.cat([user_embedding.flatten(1), batch.user_dense], -1), self.user_first)
-        item_hidden = F.linear(torch.cat([item_embedding.flatten(2), batch.item_dense], -1), self.item_first)
-        deep = self.rest(item_hidden + (user_hidden + self.first_bias).unsqueeze(1)).squeeze(-1)
-        return trusted(first_order + second_order + deep + self.bias, config.retrieval_of(batch), config.trust)
+        user_hidden = F.linear(torch.cat([user_embedding.flatten(1), user_dense], -1), self.user_first)
+        item_hidden = F.linear(item_embedding.flatten(2), self.item_first[:, :sparse])
+        dense_hidden = F.linear(item_dense, self.item_first[:, sparse:])
+        deep = self.rest(item_hidden + dense_hidden + (user_hidden + self.first_bias).unsqueeze(1)).squeeze(-1)
+        retrieval = item_dense[..., self.config.item_dense.index(RETRIEVAL)]
+        return trusted(first_order + second_order + deep + self.bias, retrieval, self.config.trust)
 
     @torch.no_grad()
     def grow(self, re_rows: Tensor) -> None:

@@ -10,14 +10,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import orjson
 import psycopg
 import torch
 
+import list_kinds
 from catalog import Product, RawProduct, Rejected
+from explain import Reason, explain, general_reason
 from extract_features import extract, fingerprints
 from model_user import fill_norms
 from readers import LexiconReader
@@ -27,7 +29,6 @@ from rules import DEFAULT, Effect, HideMet, NamedRules, Placed, Ranked, RuleSet,
 from settings import Settings, UserError
 from store import Filters, Found, History, ItemRows, Store, UserState
 from tensors import (
-    ITEM_DENSE,
     KIND_IDS,
     Candidates,
     Past,
@@ -37,18 +38,15 @@ from tensors import (
     rerank_batch,
 )
 from text_encoder import TextEncoder
-from vocab import FIRST_WORD, UNKNOWN, normalise
+from vocab import UNKNOWN, normalise
 
 CANDIDATES = 100  # that retrieval hands to the reranker
 FALLBACK_ITEMS = 200  # popular items kept in memory for when the database is away
 CONTEXT_CACHE = 10_000  # context texts whose vectors are remembered
 AWAY_SECONDS = 1.0  # for so long after a failure nobody waits for a database that is known to be away
-MAX_REASONS = 4
 # Lifts items that nobody met yet above all others in a search for them: more than scores ever differ, and not so much that
 # single precision loses their order.
 NEW_LIFT = 1000.0
-# An attribute counts as the shopper's own when at least this share of their history carries it.
-REASON_SHARE = 0.2
 
 
 class UnavailableError(Exception):
@@ -69,15 +67,10 @@ class Request:
     k: int = 20
     now: float | None = None
     rules: NamedRules | None = None
-
-
-@dataclass(frozen=True)
-class Reason:
-    """Why an item is there: an attribute it shares with the history or the context names, or what else spoke for it."""
-
-    kind: str  # "attribute", "context", "variant", "popular", "similar_shoppers", "taken_together", "match"
-    field: str = ""
-    value: str = ""
+    kind: list_kinds.Kind = "for_you"
+    product_id: str | None = None  # that a list of kind "similar" or "because" is about
+    cart: Sequence[str] = ()  # that a list of kind "basket" completes
+    explain: bool = True  # off saves the time
 
 
 @dataclass(frozen=True)
@@ -86,8 +79,8 @@ class Recommended:
     title: str
     price: float | None
     rank: int  # from 1
-    score: float  # the reranker's logit; comparable within one answer only
-    stage: str  # what put it there: "reranker", "retrieval" (no reranker score), "popular" (fallback)
+    score: float  # of the stage: a logit, a cosine ("similar"), ...; comparable within one answer only
+    stage: str  # what put it there: "reranker", "retrieval" (none was asked), "trending", "again", "popular" (fallback)
     retrieval_rank: int
     reasons: list[Reason]
     placed_by: str = ""  # the rule to which it owes its place
@@ -111,6 +104,8 @@ class Answer:
     warnings: list[str]
     degraded: bool = False
     rules: RulesUsed | None = None
+    kind: list_kinds.Kind = "for_you"  # of this list, whatever was asked for
+    anchor: list_kinds.Anchor | None = None  # the product that it is about
 
 
 @dataclass(frozen=True)
@@ -130,6 +125,7 @@ class LoadedRelease:
         self.encoder = ItemEncoder(release, text_encoder)
         self.user_tower = release.user_tower()
         self.link_weights = self.user_tower.link_weights.tolist()
+        self.scale = float(self.user_tower.log_scale.detach().exp())  # of a query's unit part
         self.reranker = release.reranker()
         self.scaler = release.profile_scaler()
         self.prices = PriceScale(**release.manifest["reranker"]["prices"])
@@ -149,6 +145,13 @@ class LoadedRelease:
     @property
     def popularity_width(self) -> int:
         return self.user_tower.config.popularity_width
+
+    @property
+    def std_columns(self) -> dict[str, slice]:
+        """Where each STD field stands in a row of STD ids."""
+        slots = self.encoder.layout.std_slots
+        ends = np.cumsum(list(slots.values())).tolist()
+        return {field_name: slice(end - slots[field_name], end) for field_name, end in zip(slots, ends, strict=True)}
 
     @property
     def untouched_column(self) -> int:
@@ -180,6 +183,7 @@ class Recommender:
         self._popular: list[Recommended] = []
         self._popular_ranked = Ranked([], np.zeros(0), np.zeros((0, 0)))  # the same, for rules
         self._away_until = 0.0  # of time.monotonic()
+        self.lists = list_kinds.ListKinds(store, settings)
         self._context = lru_cache(CONTEXT_CACHE)(lambda text: text_encoder.pooled([text])[0])
 
     # ---------------------------------------------------------------------------------------------------------- releases
@@ -206,7 +210,7 @@ class Recommender:
     def _warm_up(self, loaded: LoadedRelease) -> None:
         """Answer once for nobody: the first real request then finds everything in place, and the fallback is known."""
         try:
-            answer = self._answer(loaded, Request(k=FALLBACK_ITEMS))
+            answer = self._answer(loaded, Request(k=FALLBACK_ITEMS, explain=False))
             rows = self.store.vectors.fetch(loaded.name, [item.product_id for item in answer.items])
             facts = self.store.products.facts(rows.product_ids)
             self.store.rules.live(DEFAULT)
@@ -224,7 +228,8 @@ class Recommender:
             np.array([item.score for item in popular]),
             rows.vectors[known, : loaded.item_width],
         )
-        self._popular = [replace(item, score=0.0, stage="popular", reasons=[Reason("popular")]) for item in popular]
+        reasons = [general_reason("popular")]
+        self._popular = [replace(item, score=0.0, stage="popular", reasons=reasons) for item in popular]
 
     def rules(self, name: str) -> NamedRules | None:
         """The live rules of a name, or None when there are none; while the database is away those that were live last."""
@@ -237,11 +242,13 @@ class Recommender:
 
     # ----------------------------------------------------------------------------------------------------------- answers
     def recommend(self, request: Request) -> Answer:
-        """A ranked list of `k` items, fewer only when the filters leave fewer.
+        """A ranked list of `k` items, fewer only when the filters leave fewer, or fewer were bought of what to buy again.
 
-        Raises UnavailableError when nothing can be said. If the database is away, an unfiltered request is answered from
-        the popular items in memory, marked `degraded`.
+        Raises UnavailableError when nothing can be said, RequestError for a request that lacks what its kind of list needs,
+        UnknownProductError when the product that the list is about is not there. If the database is away, an unfiltered request
+        for a list of a kind that popular items can stand for is answered from those in memory, marked `degraded`.
         """
+        list_kinds.check(request)
         loaded = self.live()
         if time.monotonic() < self._away_until:
             return self._fallback(loaded, request)
@@ -254,7 +261,7 @@ class Recommender:
             return self._fallback(loaded, request)
 
     def _fallback(self, loaded: LoadedRelease, request: Request) -> Answer:
-        if not self._popular or request.filters != Filters():
+        if not self._popular or request.filters != Filters() or request.kind not in ("for_you", "trending"):
             raise UnavailableError("the database does not answer")
         unwanted = {*request.exclude, *request.history}
         warnings = ["the database does not answer; this is the list of popular items"]
@@ -292,59 +299,70 @@ class Recommender:
         now = _now(request)
         with clock("user"):
             state, warnings = self._state(loaded, request)
+            plan = self.lists.plan(loaded, request, state, now)
+            request = plan.request
         with clock("embed"):
-            past, batch = self._user_tensors(loaded, request, state, now)
+            past, batch = self._user_tensors(loaded, request, plan.state, now)
             with torch.inference_mode():
                 query = loaded.user_tower(batch).numpy()  # (1, D)
         with clock("search"):
-            found = self._candidates(loaded, query[0], request, state)
+            usual = list_kinds.Usual(
+                partial(self._search, loaded), partial(self._candidates, loaded), partial(self._untouched, loaded)
+            )
+            count = max(request.k, CANDIDATES)
+            source = self.lists.source(loaded, query[0], plan, now, usual, _limits(request), count)
+            found = source.candidates()
         named = request.rules
         if named is None or not named.rules.root:
             with clock("rerank"):
-                order, scores, dense = self._rerank(loaded, query, found, past)
+                sought = source.finished(found)
+                order, scores = self._rerank(loaded, query, sought, past)
             placed = [Placed(int(row)) for row in order[: request.k]]
             used = None if named is None else RulesUsed(named.name, named.version, [])
         else:
-            found, scores, dense, placed, used = self._by_rules(
-                loaded, query, request, named, state, past, found, clock
-            )
+            sought, scores, placed, used = self._by_rules(loaded, query, request, named, source, past, found, clock)
             if len(placed) < request.k:
                 warnings.append(f"{len(placed)} of {request.k} places: rules and filters leave no more to show")
         with clock("explain"):
-            rarity = [_rarity(ids, len(found.product_ids)) for ids in (found.std_ids, found.re_ids)]
+            chosen = np.array([one.row for one in placed], dtype=np.int64)
+            reasons: list[list[Reason]] = [[] for _ in placed]
+            if request.explain:
+                reasons = explain(self.store, loaded, plan, sought, scores, chosen, past, batch, now)
+            found = sought.found
             items = [
                 Recommended(
-                    found.product_ids[row], found.titles[row], _known(found.price[row]), rank, float(scores[row]),
-                    "reranker", row + 1,
-                    self._reasons(loaded, found, row, past, dense, rarity, request.context),
-                    placed_by,
+                    found.product_ids[one.row], found.titles[one.row], _known(found.price[one.row]), rank,
+                    float(scores[one.row]), sought.stages[one.row] if sought.stages else "reranker", one.row + 1, why, one.by,
                 )
-                for rank, (row, placed_by) in enumerate(((one.row, one.by) for one in placed), start=1)
+                for rank, (one, why) in enumerate(zip(placed, reasons, strict=True), start=1)
             ]  # fmt: skip
-        return Answer(items, loaded.name, found.plan, clock.milliseconds(), warnings, rules=used)
+        return Answer(
+            items, loaded.name, found.plan, clock.milliseconds(), [*warnings, *plan.warnings], rules=used, kind=plan.kind,
+            anchor=plan.anchor,
+        )  # fmt: skip
 
     def _by_rules(
-        self, loaded: LoadedRelease, query: np.ndarray, request: Request, named: NamedRules, state: UserState, past: Past,
-        found: Found, clock: _Clock,
-    ) -> tuple[Found, np.ndarray, np.ndarray, list[Placed], RulesUsed]:  # fmt: skip
-        """The candidates reranked and arranged by rules, which may ask for more of them; the candidates that there were in the end,
-        their logits [N] and dense features [N, I]."""
+        self, loaded: LoadedRelease, query: np.ndarray, request: Request, named: NamedRules, source: list_kinds.Source,
+        past: Past, found: Found, clock: _Clock,
+    ) -> tuple[list_kinds.Sought, np.ndarray, list[Placed], RulesUsed]:  # fmt: skip
+        """The candidates reranked and arranged by rules, which may ask for more of them; the candidates that there were in the end
+        and their scores [N]."""
         with clock("rules"):
             ruling = RuleSearch(
-                named.rules, _limits(request), self.store, self._search(loaded, request, state),
-                lambda limit: self._untouched(loaded, query[0], request, state, limit),
-                query[0], loaded.item_width, loaded.untouched_column, request.k, request.user_id, _now(request),
+                named.rules, _limits(request), self.store, source.search, source.new_goods,
+                source.query, loaded.item_width, loaded.untouched_column, request.k, request.user_id, _now(request),
             )  # fmt: skip
             found = ruling.supplemented(found)
         while True:
             with clock("rerank"):
-                _, scores, dense = self._rerank(loaded, query, found, past)
+                sought = source.finished(found)
+                _, scores = self._rerank(loaded, query, sought, past)
             with clock("rules"):
-                outcome = ruling.arranged(found, scores)
-                more = ruling.more(found, outcome)
+                outcome = ruling.arranged(sought.found, scores)
+                more = ruling.more(sought.found, outcome)
                 if more is None:
                     used = RulesUsed(named.name, named.version, ruling.effects(outcome))
-                    return found, scores, dense, outcome.placed, used
+                    return sought, scores, outcome.placed, used
                 found = more
 
     def _state(self, loaded: LoadedRelease, request: Request) -> tuple[UserState, list[str]]:
@@ -402,7 +420,7 @@ class Recommender:
         """The best by inner product and links, and among them a share of products that nobody met yet: without one they would
         stay so, since popularity outweighs whatever they are like. `train_user.retrieve` finds the same by exact search."""
         count = max(request.k, CANDIDATES)
-        found = self._search(loaded, request, state)(query, count, _limits(request))
+        found = self._search(loaded, request, _links(loaded, state))(query, count, _limits(request))
         new = round(loaded.new_goods * count)
         # All that match are found, or there is a share to keep.
         if new == 0 or len(found.product_ids) < count:
@@ -415,7 +433,7 @@ class Recommender:
         """The best products that nobody met yet, with the scores that they have by `query`."""
         lifted = query.copy()
         lifted[loaded.untouched_column] += NEW_LIFT
-        found = self._search(loaded, request, state)(lifted, limit, _limits(request))
+        found = self._search(loaded, request, _links(loaded, state))(lifted, limit, _limits(request))
         if not found.product_ids:
             return found
         found = found.take(np.flatnonzero(found.vectors[:, loaded.untouched_column] > 0))
@@ -423,28 +441,26 @@ class Recommender:
         scores = found.vectors @ query + found.together * together + found.variant * variant
         return replace(found, scores=scores.astype(np.float32))
 
-    def _search(self, loaded: LoadedRelease, request: Request, state: UserState) -> Search:
-        """Finds by inner product and by the links from what the shopper met, what passes the request's filters."""
-        history = History(list(dict.fromkeys(state.product_ids)), *loaded.link_weights)
+    def _search(self, loaded: LoadedRelease, request: Request, history: History | None) -> Search:
+        """Finds by inner product and by the links from a history, what passes the request's filters."""
 
         def search(query: np.ndarray, limit: int, limits: Limits) -> Found:
-            filters = request.filters
-            if limits.conditions:
-                filters = replace(filters, also=[*filters.also, *limits.conditions], now=_now(request))
-            exclude = list(dict.fromkeys([*limits.exclude, *limits.viewed]))
             return self.store.vectors.search(
-                loaded.name, query, limit, filters, exclude, loaded.ef_search, limits.met_by, history, limits.hides
-            )
+                loaded.name, query, limit, limits.filters(request.filters, _now(request)), limits.left_out,
+                loaded.ef_search, limits.met_by, history, limits.hides,
+            )  # fmt: skip
 
         return search
 
     def _rerank(
-        self, loaded: LoadedRelease, query: np.ndarray, found: Found, past: Past
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Order of the candidates (rows of `found`, best first), their logits [N], their dense features [N, I]."""
+        self, loaded: LoadedRelease, query: np.ndarray, sought: list_kinds.Sought, past: Past
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Order of what was found (rows, best first) and its scores [N]: logits, or the list's own of a kind that asks no
+        reranker."""
+        found = sought.found
         self._know_words(loaded, found.re_ids)
-        if not found.product_ids:
-            return np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros((0, 0))
+        if sought.scores is not None or not found.product_ids:
+            return np.arange(len(found.product_ids)), np.zeros(0) if sought.scores is None else sought.scores
         candidates = Candidates(
             query, found.vectors[None], found.scores[None], found.together[None], found.variant[None],
             found.std_ids[None], found.re_ids[None], found.price[None],
@@ -452,8 +468,10 @@ class Recommender:
         batch = rerank_batch(candidates, past, loaded.prices, loaded.item_width, loaded.popularity_width)
         with torch.inference_mode():
             scores = loaded.reranker(batch)[0].numpy()
+        if sought.bonus is not None:
+            scores = scores + sought.bonus
         # Stable, so that equal scores keep retrieval's order and an answer can be repeated.
-        return np.argsort(-scores, kind="stable"), scores, batch.item_dense[0].numpy()
+        return np.argsort(-scores, kind="stable"), scores
 
     def _know_words(self, loaded: LoadedRelease, re_ids: np.ndarray) -> None:
         """Catch up with RE words that another worker added, before an id of theirs reaches a model."""
@@ -461,66 +479,15 @@ class Recommender:
             with self._lock:
                 loaded.learn_words(self.store.releases.words(loaded.name), self.text_encoder)
 
-    def _reasons(
-        self,
-        loaded: LoadedRelease,
-        found: Found,
-        row: int,
-        past: Past,
-        dense: np.ndarray,
-        rarity: list[np.ndarray],
-        context: str,
-    ) -> list[Reason]:
-        """Attributes the item shares with the history or names in the context, those first that tell most about the
-        shopper: frequent in the history, rare among the candidates. Else what else spoke for it."""
-        std_vocab, re_vocab = loaded.encoder.std_vocab, loaded.encoder.re_vocab
-        events = max(1, int(past.mask.sum()))
-        shared: list[tuple[float, Reason]] = []
-        told = normalise(context)
-        for vocab, ids, history, rare in (
-            (std_vocab, found.std_ids[row], past.std[0], rarity[0]),
-            (re_vocab, found.re_ids[row], past.re[0], rarity[1]),
-        ):
-            for word_id in ids[ids >= FIRST_WORD]:
-                field_name, value = vocab.word(int(word_id))
-                share = float((history == word_id).any(axis=1).sum()) / events
-                if told and value in told:
-                    shared.append((1.0 + share, Reason("context", field_name, value)))
-                elif share >= REASON_SHARE:
-                    shared.append((share * rare[word_id], Reason("attribute", field_name, value)))
-        if shared:
-            shared.sort(key=lambda pair: -pair[0])
-            return [reason for _, reason in shared[:MAX_REASONS]]
-        if found.variant[row]:
-            return [Reason("variant")]
-        kinds = ("popularity", "collaborative", "together", "content")
-        columns = [ITEM_DENSE.index(kind) for kind in kinds]
-        spread = dense[:, columns].std(axis=0)
-        above = (dense[row, columns] - dense[:, columns].mean(axis=0)) / np.where(spread > 0, spread, 1.0)
-        if not found.together[row]:
-            above[kinds.index("together")] = -np.inf  # where nothing else stands out, that of no link does not either
-        return [Reason(("popular", "similar_shoppers", "taken_together", "match")[int(above.argmax())])]
-
     def allowed_values(self) -> dict[str, dict[str, str]]:
         """What a filter may name, as the live release knows it: field -> normalised spelling -> the schema's spelling."""
         return self.live().allowed_values
 
     # ------------------------------------------------------------------------------------------------------------- items
     def similar(self, product_id: str, k: int) -> list[Neighbour]:
-        """The `k` items nearest to one by cosine, itself left out. Raises LookupError when it has no vector."""
-        loaded = self.live()
-        rows = self.store.vectors.fetch(loaded.name, [product_id])
-        if not rows.product_ids:
-            raise LookupError(product_id)
-        query = rows.vectors[0].copy()
-        query[loaded.item_width :] = 0.0  # likeness alone, however popular
-        found = self.store.vectors.search(loaded.name, query, k, Filters(), [product_id], ef_search=loaded.ef_search)
-        return [
-            Neighbour(other, title, _known(price), rank, float(score))
-            for rank, (other, title, price, score) in enumerate(
-                zip(found.product_ids, found.titles, found.price, found.scores, strict=True), start=1
-            )
-        ]
+        """The `k` items nearest to one by cosine, itself left out. Raises UnknownProductError when it is not there."""
+        answer = self._answer(self.live(), Request(kind="similar", product_id=product_id, k=k, explain=False))
+        return [Neighbour(item.product_id, item.title, item.price, item.rank, item.score) for item in answer.items]
 
     def put_products(self, products: Sequence[RawProduct], reader: LexiconReader) -> list[Rejected]:
         """Store products, extract their features and make them searchable at once, without retraining.
@@ -579,13 +546,13 @@ def _limits(request: Request) -> Limits:
     return limits_of(rules, request.user_id, request.history, request.exclude, request.exclude_history, _now(request))
 
 
+def _links(loaded: LoadedRelease, state: UserState) -> History:
+    """The links from what the shopper met."""
+    return History(list(dict.fromkeys(state.product_ids)), *loaded.link_weights)
+
+
 def _known(price: float) -> float | None:
     return None if np.isnan(price) else float(price)
-
-
-def _rarity(ids: np.ndarray, items: int) -> np.ndarray:
-    """The share of the items [N, S] that do not carry an id, for every id that occurs: float64 [largest id + 1]."""
-    return 1.0 - np.bincount(ids.ravel().astype(np.int64), minlength=1) / max(1, items)
 
 
 class _Clock:

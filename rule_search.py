@@ -11,7 +11,7 @@ import numpy as np
 
 from conditions import Condition, Not, OfProducts
 from rules import Effect, Explore, Filter, HideMet, Outcome, Pin, Promote, Ranked, RuleSet, apply, filtered, seed_of
-from store import Found, Hide, Store
+from store import Filters, Found, Hide, Store
 
 DAY = 86_400  # seconds
 MAX_ROUNDS = 7  # of looking for more, each for as many as are there already: 12,800 candidates at the end
@@ -29,6 +29,15 @@ class Limits:
     viewed: Sequence[str] = ()  # what the request says was met, so far as that hides it
     met_by: str | None = None  # whose past is hidden
     hides: Sequence[Hide] | None = None  # so far as it was met in one of these ways; None: in any
+
+    @property
+    def left_out(self) -> list[str]:
+        """The products that are not to be shown, each once."""
+        return list(dict.fromkeys([*self.exclude, *self.viewed]))
+
+    def filters(self, given: Filters, now: float) -> Filters:
+        """A request's own with these; conditions count their days back from `now`."""
+        return replace(given, also=[*given.also, *self.conditions], now=now) if self.conditions else given
 
 
 Search = Callable[[np.ndarray, int, Limits], Found]  # a query float32 [D], how many, within which limits

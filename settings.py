@@ -41,6 +41,13 @@ class Settings(BaseSettings):
     text_encoder: str = Field(
         "", description="HuggingFace name or path; empty is the multilingual DistilBERT prepared from a package"
     )
+    list_category_field: str = Field(
+        "category",
+        description="the STD field that says what kind of thing a product is: a basket's complements are of others",
+    )
+    trending_half_life_days: float = Field(
+        3.0, ge=0.05, le=365, description="days after which an event counts half in what is trending"
+    )
     seed: int = Field(0, ge=0, description="seed of every random choice")
 
 

@@ -10,6 +10,7 @@ from fastapi import APIRouter, HTTPException, Query
 import recommender as pipeline
 from api_controller.rules import check
 from api_controller.schemas import (
+    AnchorBody,
     EffectBody,
     ItemBody,
     NeighbourBody,
@@ -21,6 +22,7 @@ from api_controller.schemas import (
 )
 from api_controller.service import Service, ServiceDep
 from conditions import ArrivalRange, OfArrival
+from list_kinds import RequestError, UnknownProductError
 from rules import DEFAULT, NamedRules
 from store import Filters, Store
 from vocab import normalise
@@ -32,7 +34,8 @@ TRIED = "tried"  # the name of rules that came with the request
 
 @router.post("/recommend")
 async def recommend(body: RecommendBody, service: ServiceDep) -> RecommendAnswer:
-    """A ranked list for a shopper, a context, a body, or nobody at all."""
+    """A ranked list for a shopper, a context, a body, or nobody at all; or of another `kind`: like a product, for a cart, what is
+    trending, what to buy again."""
     store, recommender = service.parts()
 
     def work() -> pipeline.Answer:
@@ -48,11 +51,21 @@ async def recommend(body: RecommendBody, service: ServiceDep) -> RecommendAnswer
                 body.exclude_history,
                 body.k,
                 rules=rules,
+                kind=body.kind,
+                product_id=body.product_id,
+                cart=body.cart,
+                explain=body.explain,
             )
         )
         return replace(answer, warnings=[*answer.warnings, *unknown])
 
-    answer = await service.run(work)
+    try:
+        answer = await service.run(work)
+    except RequestError as error:
+        raise HTTPException(422, [{"loc": ["body", error.field], "msg": str(error)}]) from error
+    except UnknownProductError as error:
+        raise HTTPException(404, f"no product {body.product_id!r} in the live release") from error
+    service.lists.labels(answer.kind).inc()
     for stage, milliseconds in answer.milliseconds.items():
         service.seconds.labels(stage).observe(milliseconds / 1000)
     if answer.degraded:
@@ -61,8 +74,9 @@ async def recommend(body: RecommendBody, service: ServiceDep) -> RecommendAnswer
         ItemBody.model_construct(**{**vars(item), "reasons": [ReasonBody(**vars(reason)) for reason in item.reasons]})
         for item in answer.items
     ]
+    anchor = AnchorBody(**vars(answer.anchor)) if answer.anchor else None
     return RecommendAnswer.model_construct(
-        **{**vars(answer), "items": items, "rules": _rules_used(service, answer.rules)}
+        **{**vars(answer), "items": items, "anchor": anchor, "rules": _rules_used(service, answer.rules)}
     )
 
 
@@ -126,6 +140,6 @@ async def similar(
     _, recommender = service.parts()
     try:
         found = await service.run(lambda: recommender.similar(product_id, k))
-    except LookupError as error:
+    except UnknownProductError as error:
         raise HTTPException(404, f"no product {product_id!r} in the live release") from error
     return [NeighbourBody(**vars(neighbour)) for neighbour in found]

@@ -9,6 +9,7 @@ from fastapi import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from catalog import Identifier, Moment, Price, Profile, Text, Value, Values
+from list_kinds import Kind
 from rules import DEFAULT, Days, RuleSet
 
 MAX_K = 100
@@ -48,11 +49,18 @@ class RecommendBody(BaseModel):
                     "profile": {"height_cm": 165, "weight_kg": 55},
                     "filters": {"std": {"category": ["dress"]}, "max_price": 90000, "in_stock": True},
                     "k": 5,
-                }
+                },
+                {"kind": "basket", "cart": ["product-17"], "k": 5},
+                {"kind": "trending", "filters": {"std": {"category": ["dress"]}}, "k": 5, "explain": False},
             ]
         },
     )
 
+    kind: Annotated[
+        Kind, Field(description="for_you; similar, because: about product_id; basket: with cart; trending; again")
+    ] = "for_you"
+    product_id: Annotated[Identifier | None, Field(description="of kinds similar and because")] = None
+    cart: Annotated[list[Identifier], Field(max_length=MAX_LIST, description="of kind basket")] = []
     user_id: Identifier | None = None
     history: Annotated[list[Identifier], Field(max_length=MAX_LIST)] = []
     context: Text = ""
@@ -60,15 +68,27 @@ class RecommendBody(BaseModel):
     filters: FilterBody = FilterBody()
     exclude: Annotated[list[Identifier], Field(max_length=MAX_LIST)] = []
     exclude_history: bool = True
+    explain: Annotated[bool, Field(description="say why each item is there; off saves the time")] = True
     k: Annotated[int, Field(ge=1, le=MAX_K)] = 20
     rule_set: Annotated[Identifier, Field(description="by whose live rules the answer is arranged")] = DEFAULT
     rules: Annotated[RuleSet | None, Field(description="rules to try for this answer, instead of the live ones")] = None
 
 
 class ReasonBody(BaseModel):
+    """What spoke for an item: `weight` is what its score loses without it; `text` says it in "en" and "ko"."""
+
     kind: str
     field: str = ""
     value: str = ""
+    product_id: str = ""
+    title: str = ""
+    weight: float = 0.0
+    text: dict[str, str] = {}
+
+
+class AnchorBody(BaseModel):
+    product_id: str
+    title: str
 
 
 class ItemBody(BaseModel):
@@ -104,6 +124,8 @@ class RulesUsedBody(BaseModel):
 
 
 class RecommendAnswer(BaseModel):
+    kind: str
+    anchor: AnchorBody | None
     items: list[ItemBody]
     release: str
     plan: str

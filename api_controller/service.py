@@ -46,6 +46,7 @@ class Service:
         self.registry = CollectorRegistry()
         self.requests = Counter("styletower_requests", "Requests", ["route", "status"], registry=self.registry)
         self.seconds = Histogram("styletower_stage_seconds", "Seconds a stage", ["stage"], registry=self.registry)
+        self.lists = Counter("styletower_lists", "Lists answered", ["kind"], registry=self.registry)
         self.degraded = Counter("styletower_degraded", "Answers from the fallback", registry=self.registry)
         self.rule_removals = Counter(
             "styletower_rule_removals", "Candidates that live rules kept out", ["kind"], registry=self.registry

@@ -3,7 +3,7 @@
 from catalog import Rejected
 from store.aliases import Alias, Applied
 from store.database import Store
-from store.events import EventLog, PutEvents
+from store.events import EventLog, Purchases, PutEvents
 from store.imports import Counts, ImportReport, ImportSession
 from store.products import Commerce, StoredProduct
 from store.quarantine import QuarantinedRow
@@ -26,6 +26,7 @@ __all__ = [
     "ImportReport",
     "ImportSession",
     "ItemRows",
+    "Purchases",
     "PutEvents",
     "QuarantinedRow",
     "RecordedRelease",

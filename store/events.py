@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,47 @@ _PUT = """
         ARRAY(SELECT DISTINCT product_id FROM given WHERE NOT known ORDER BY product_id)
 """
 
+# A shopper counts once for a product, by the act that weighs most now: nobody makes a trend alone. Exponents are bounded, since
+# PostgreSQL takes an underflow for an error.
+_TRENDING = """
+    SELECT product_id, sum(strongest) FROM (
+        SELECT product_id, max(weight * power(2, greatest(-1000, (extract(epoch FROM at)::float8 - %(as_of)s) / %(half_life)s)))
+            AS strongest
+        FROM (
+            SELECT product_id, user_id, at, coalesce(weight, %(other_weight)s) AS weight
+            FROM (
+                SELECT product_id, user_id, kind, at FROM events
+                WHERE (%(since)s::timestamptz IS NULL OR at > %(since)s) AND at <= %(until)s ORDER BY at DESC LIMIT %(limit)s
+            ) AS latest LEFT JOIN unnest(%(kinds)s::text[], %(weights)s::float8[]) AS known(kind, weight) USING (kind)
+        ) AS weighed
+        WHERE weight > 0 GROUP BY product_id, user_id
+    ) AS of_shoppers GROUP BY product_id
+"""
+
+# One product bought on several days. What was bought twice in a day was one order.
+_PURCHASES = """
+    SELECT product_id, count(DISTINCT (at AT TIME ZONE 'UTC')::date), extract(epoch FROM min(at))::float8,
+        extract(epoch FROM max(at))::float8,
+        coalesce((SELECT std -> %(field)s FROM products WHERE product_id = events.product_id), '[]')
+    FROM events WHERE user_id = %(user_id)s AND kind = 'purchase'
+    GROUP BY product_id ORDER BY max(at) DESC, product_id LIMIT %(limit)s
+"""
+
+_INTERVALS = """
+    WITH latest AS MATERIALIZED (
+        SELECT user_id, product_id, at FROM events WHERE kind = 'purchase' ORDER BY at DESC LIMIT %(limit)s
+    ), gaps AS (
+        SELECT product_id,
+            extract(epoch FROM at - lag(at) OVER (PARTITION BY user_id, product_id ORDER BY at))::float8 / 86400 AS days
+        FROM latest
+    )
+    SELECT CASE WHEN grouping(category) = 0 THEN category END, percentile_cont(0.5) WITHIN GROUP (ORDER BY days)
+    FROM gaps JOIN products USING (product_id)
+        LEFT JOIN jsonb_array_elements_text(coalesce(std -> %(field)s, '[]')) AS values(category) ON true
+    WHERE days >= 1
+    GROUP BY GROUPING SETS ((category), ()) HAVING category IS NOT NULL OR grouping(category) = 1
+"""
+
 _LOG_COLUMNS = {
     "user_id": pl.String(),
     "product_id": pl.String(),
@@ -43,6 +85,17 @@ class PutEvents:
     stored: int
     duplicates: int  # the event id was there already
     unknown_products: list[str]  # ids that are no product: their events were not stored
+
+
+@dataclass(frozen=True)
+class Purchases:
+    """What one shopper did with one product."""
+
+    product_id: str
+    days: int  # on which it was bought
+    first: float  # epoch seconds
+    last: float
+    categories: list[str]
 
 
 @dataclass(frozen=True)
@@ -106,3 +159,34 @@ class Events:
             numbers["at"].to_numpy(),
             numbers["context"].to_numpy().astype(np.int32),
         )
+
+    def trending(
+        self, as_of: float, half_life: float, weights: Mapping[str, float], other_weight: float, since: float | None,
+        until: float, limit: int,
+    ) -> dict[str, float]:  # fmt: skip
+        """How much shoppers want each product, every act halved by each `half_life` seconds between it and `as_of`: the sum over
+        shoppers of the act that counts most. Read are the latest `limit` events after `since` up to `until` (epoch seconds)."""
+        parameters = {
+            "as_of": as_of, "half_life": half_life, "kinds": list(weights), "weights": list(weights.values()),
+            "other_weight": other_weight, "since": None if since is None else _moment(since), "until": _moment(until),
+            "limit": limit,
+        }  # fmt: skip
+        with self._pool.connection() as connection:
+            return dict(connection.execute(_TRENDING, parameters, prepare=False).fetchall())
+
+    def purchases(self, user_id: str, category_field: str, limit: int) -> list[Purchases]:
+        """The products that a shopper bought, the latest `limit` of them, with their values of `category_field`."""
+        parameters = {"user_id": user_id, "field": category_field, "limit": limit}
+        with self._pool.connection() as connection:
+            return [Purchases(*row) for row in connection.execute(_PURCHASES, parameters).fetchall()]
+
+    def repeat_intervals(self, category_field: str, limit: int) -> dict[str | None, float]:
+        """Median days until a shopper buys the same product again, by category and (None) of all, among the latest `limit`
+        purchases; empty when nothing was ever bought again."""
+        with self._pool.connection() as connection:
+            rows = connection.execute(_INTERVALS, {"field": category_field, "limit": limit}).fetchall()
+        return {category: days for category, days in rows if days is not None}
+
+
+def _moment(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)

@@ -191,6 +191,15 @@ class Products:
             ).fetchall()
         return {product_id for (product_id,) in rows}
 
+    def titles(self, ids: Iterable[str]) -> dict[str, str]:
+        """The titles of those of `ids` that are products."""
+        with self._pool.connection() as connection:
+            return dict(
+                connection.execute(
+                    "SELECT product_id, title FROM products WHERE product_id = ANY(%s::text[])", (list(ids),)
+                ).fetchall()
+            )
+
     def delete(self, ids: Iterable[str]) -> None:
         """Remove products; no search finds them from now on. What shoppers did with them stays in the event log."""
         with self._pool.connection() as connection:

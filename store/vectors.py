@@ -103,6 +103,25 @@ _LINKED = sql.SQL("""
     FROM best JOIN {vectors} USING (product_id) JOIN products USING (product_id)
     ORDER BY score DESC, product_id
 """)
+# Products that somebody else chose, in the order chosen.
+_AMONG = sql.SQL("""
+    SELECT v.product_id, -(v.vector <#> %(query)b), {binary}, p.price, p.title
+    FROM unnest(%(ids)s::text[]) WITH ORDINALITY AS given(product_id, place)
+        JOIN {vectors} AS v USING (product_id) JOIN products AS p USING (product_id)
+    WHERE p.std IS NOT NULL AND v.product_id <> ALL(%(exclude)s::text[]) AND v.product_id NOT IN {met} AND {filters}
+    ORDER BY place LIMIT %(limit)s
+""")
+
+# One row a link. A variant has no strength.
+_LINKS = sql.SQL("""
+    SELECT met.product_id, link.product_id, link.strength
+    FROM {vectors} AS met, unnest(met.linked, met.link_strength) AS link(product_id, strength)
+    WHERE met.product_id = ANY(%(history)s::text[]) AND link.product_id = ANY(%(items)s::text[])
+    UNION ALL
+    SELECT met.product_id, other.product_id, NULL
+    FROM products AS met JOIN products AS other ON other.group_id = met.group_id AND other.product_id <> met.product_id
+    WHERE met.product_id = ANY(%(history)s::text[]) AND other.product_id = ANY(%(items)s::text[])
+""")
 MOST_VARIANTS = 1000  # a "product" of more variants is a slip in the shop's data, and must not slow a request down
 
 
@@ -193,6 +212,9 @@ class Found:
             self.together[order],
             self.variant[order],
         )
+
+    def take_first(self, limit: int) -> Found:
+        return self.take(np.arange(min(limit, len(self.product_ids))))
 
     def joined(self, other: Found) -> Found:
         """Both, best first, those of one score by id. No item may be in both."""
@@ -407,6 +429,31 @@ class Vectors:
                 found.append({product_id for (product_id,) in rows})
         return found
 
+    def among(
+        self, release: str, ids: Sequence[str], query: np.ndarray, limit: int, filters: Filters | None = None,
+        exclude: Sequence[str] = (), met_by: str | None = None, hides: Sequence[Hide] | None = None,
+    ) -> Found:  # fmt: skip
+        """The first `limit` of `ids`, in the order given, that `search` could find; scores are inner products with `query`."""
+        conditions, parameters = _conditions(filters or Filters())
+        met, met_parameters = _met(hides)
+        parameters |= met_parameters
+        parameters |= {
+            "query": np.ascontiguousarray(query, dtype=np.float32), "ids": list(ids), "exclude": list(exclude),
+            "met_by": met_by, "limit": limit,
+        }  # fmt: skip
+        where = sql.SQL(" AND ").join(conditions) if conditions else sql.SQL("true")
+        statement = _AMONG.format(vectors=table_of(release), met=met, filters=where, binary=BINARY)
+        with self._pool.connection() as connection:
+            return _found(_query(connection, {}, statement, parameters, prepare=False), "exact")
+
+    def links(self, release: str, history: Sequence[str], items: Sequence[str]) -> list[tuple[str, str, float | None]]:
+        """The links from products of `history` to `items`: from, to, and the strength of what was taken together, None for
+        another variant."""
+        with self._pool.connection() as connection:
+            return connection.execute(
+                _LINKS.format(vectors=table_of(release)), {"history": list(history), "items": list(items)}
+            ).fetchall()
+
     def _nearest(
         self, connection: Connection[Any], release: str, conditions: Sequence[sql.Composable], where: sql.Composable,
         met: sql.Composable, parameters: dict[str, Any], ef_search: int,
@@ -583,7 +630,7 @@ def _merged(linked: Found, nearest: Found, limit: int) -> Found:
     """The best of both, each item once. No item is missed: links only ever add, so whatever is ahead of an unlinked item by inner
     product stays ahead of it."""
     both = nearest.without(set(linked.product_ids)).joined(linked)
-    return replace(both.take(np.arange(min(limit, len(both.product_ids)))), plan=nearest.plan)
+    return replace(both.take_first(limit), plan=nearest.plan)
 
 
 def _query(

@@ -458,6 +458,14 @@ def test_a_list_follows_the_model_as_far_as_it_is_trusted(trust):
     torch.testing.assert_close(served, (1 - trust) * retrieval + trust * own, atol=1e-5, rtol=0)
 
 
+def test_items_shared_by_several_lists_are_scored_as_in_each_alone():
+    fused, batch = FusedDeepFM(deepfm(), RERANKER), candidates()
+    shared = replace(batch, item_std=batch.item_std[:1].expand(3, -1, -1), item_re=batch.item_re[:1].expand(3, -1, -1))
+    items = torch.cat([fused.embed_std(batch.item_std[:1]), fused.embed_re(batch.item_re[:1])], dim=2)
+    user = fused.embed_user(batch.user_std, batch.user_re)
+    torch.testing.assert_close(fused.score(user, batch.user_dense, items, batch.item_dense), fused(shared))
+
+
 def test_ids_beyond_what_float32_counts_are_refused_at_build():
     with pytest.raises(ValueError, match="16777216"):
         build_deepfm(replace(RERANKER, re_rows=2**24 + 1))
