@@ -14,6 +14,7 @@ from catalog import Event, Product, RawProduct
 from datasets import sample_shop
 from list_kinds import RequestError, due_score, interval_days
 from recommender import Answer, Recommended, Recommender, Request, UnavailableError
+from rules import NamedRules, RuleSet
 from store import Filters, Purchases, Store
 from tensors import DAY
 from tests.serving import environment_of, serving
@@ -453,6 +454,39 @@ def test_every_kind_obeys_filters_exclusions_and_k(asked, kind):
     assert gone not in ids(again)
     nothing = recommender.recommend(Request(user, kind=kind, filters=Filters(max_price=0.0), k=5, now=NOW, **about))
     assert nothing.items == []
+
+
+@pytest.mark.parametrize("kind", ["similar", "because", "basket", "trending"])
+def test_every_kind_obeys_the_rules_of_the_shop(asked, kind):
+    """Caps look further than the first hundred candidates; a pin stands where it is put."""
+    store, recommender = asked
+    of = categories(store)
+    about = {"product_id": next(iter(of))} if kind in ("similar", "because") else {}
+    if kind == "basket":
+        about = {"cart": [next(iter(of))]}
+    pinned = list(of)[-1]
+    if kind == "basket" and of[pinned] == of[next(iter(of))]:
+        pinned = next(product_id for product_id in of if of[product_id] != of[next(iter(of))])
+    rules = [{"kind": "at_most", "n": 1, "std": "category"}, {"kind": "pin", "product_id": pinned, "place": 2}]
+    named = NamedRules("tried", None, RuleSet.model_validate(rules))
+    answer = recommender.recommend(Request(kind=kind, k=12, now=NOW, rules=named, **about))
+    assert (answer.kind, len(answer.items)) == (kind, 12)
+    assert answer.items[1].product_id == pinned
+    every = [category for product_id in ids(answer) for category in of[product_id]]
+    assert len(every) == len(set(every))
+    assert all(item.reasons for item in answer.items)
+
+
+def test_what_rules_hide_as_bought_is_still_offered_to_buy_again(asked):
+    store, recommender = asked
+    product_id = store.events.read().product_ids[20]
+    store.events.put(
+        [Event(user_id="rebuyer", product_id=product_id, kind="purchase", at=sample_shop.NOW - timedelta(days=9))]
+    )
+    for rules in ([{"kind": "hide", "events": ["purchase"]}], [{"kind": "filter", "keep": {"price": {"max": 0.0}}}]):
+        named = NamedRules("tried", None, RuleSet.model_validate(rules))
+        answer = recommender.recommend(Request("rebuyer", kind="again", k=5, now=NOW, rules=named))
+        assert ids(answer) == ([product_id] if rules[0]["kind"] == "hide" else [])
 
 
 def test_without_the_database_popular_items_stand_for_no_list_that_they_are_not(shop):
