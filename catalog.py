@@ -116,6 +116,7 @@ class Event(_Record):
     at: Moment
     context: Text = Field("", description="the cart concept or occasion in words, if the shopper gave one")
     event_id: Identifier = ""
+    list_id: Identifier = Field("", description="of the answer of /recommend that showed the product, if it was one")
 
     @model_validator(mode="after")
     def _fill_id(self) -> Event:

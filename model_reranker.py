@@ -6,6 +6,10 @@ model gives a logit; lists are ordered by it.
 
 `build_deepfm` makes deepctr-torch's own model, `transfer` copies the item tower's tables into it, `FusedDeepFM` is the same
 mathematics with one gather and the shopper's half computed once a request, for serving.
+
+What is shown first is clicked most, liked or not. Trained on lists that were shown, the model has the place of each item as its
+last dense feature and need not find another reason for those clicks; served, every item stands at the first place, whose feature
+is 0 (Haldar et al., "Improving Deep Learning for Airbnb Search", KDD 2020).
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tensors import RerankBatch
+from tensors import POSITION, RerankBatch
 
 # deepctr_torch.utils asks a package index for its newest version from a thread at import, with no time-out, and needs an
 # undeclared package to do so. A stand-in registered first keeps imports quiet, offline and fast.
@@ -47,7 +51,7 @@ class RerankerConfig:
     re_slots: int
     history_ids: int  # STD and RE ids that summarise a history
     user_dense: list[str]  # names, in the order of RerankBatch.user_dense
-    item_dense: list[str]
+    item_dense: list[str]  # and POSITION as the last, if it was trained with places
     embedding_dim: int = 64
     hidden: tuple[int, ...] = (128, 64)
     dropout: float = 0.2
@@ -101,6 +105,8 @@ def deepfm_input(batch: RerankBatch) -> Tensor:
     parts = [
         each(batch.user_std), each(batch.user_re), batch.item_std, batch.item_re, each(batch.user_dense), batch.item_dense,
     ]  # fmt: skip
+    if batch.position is not None:
+        parts.append(batch.position.unsqueeze(-1))
     return torch.cat([part.float() for part in parts], dim=-1).flatten(0, 1)
 
 
@@ -123,14 +129,17 @@ def transfer(model: DeepFM, std_table: Tensor, re_table: Tensor) -> None:
 
 
 @torch.no_grad()
-def start_from_retrieval(model: DeepFM, config: RerankerConfig) -> None:
-    """Set the first-order weight of the retrieval score, so that before any training the order is retrieval's."""
-    model.linear_model.weight[len(config.user_dense) + config.item_dense.index(RETRIEVAL)] = 1.0
+def start_from_retrieval(model: DeepFM, config: RerankerConfig, place_effect: float = 0.0) -> None:
+    """Set the first-order weight of the retrieval score, so that before any training the order is retrieval's, and that of the
+    place, if the model has it."""
+    for feature, weight in ((RETRIEVAL, 1.0), (POSITION, place_effect)):
+        if feature in config.item_dense:
+            model.linear_model.weight[len(config.user_dense) + config.item_dense.index(feature)] = weight
 
 
 class FusedDeepFM(nn.Module):
-    """DeepFM's logits for lists of candidates: float32 [B, N]. The same values as deepctr-torch's model, within 1e-5, as far as the
-    configuration trusts them.
+    """DeepFM's logits for lists of candidates: float32 [B, N]. The same values as deepctr-torch's model, within 1e-5, with every
+    candidate at the first place and as far as the configuration trusts them.
 
     One table `[embedding | first-order weight]` serves every sparse feature with int64 ids, and everything that depends on the
     shopper alone (their sums in the FM, their part of the first layer) is computed once a list.
@@ -154,12 +163,14 @@ class FusedDeepFM(nn.Module):
 
         self.register_buffer("std_table", table(STD_TABLE).clone())
         self.register_buffer("re_table", table(RE_TABLE).clone())
-        self.register_buffer("dense_weight", linear.weight.detach().clone().squeeze(-1))
+        # A feature that is always 0 needs no weight.
+        user_dense = len(config.user_dense)
+        item_dense = sum(name != POSITION for name in config.item_dense)
+        self.register_buffer("dense_weight", linear.weight.detach().squeeze(-1)[: user_dense + item_dense].clone())
         self.register_buffer("bias", model.out.bias.detach().clone())
 
         # deepctr-torch concatenates the sparse embeddings in column order, then the dense values.
         fields = 2 + len(config.std_slots) + 1
-        user_dense, item_dense = len(config.user_dense), len(config.item_dense)
         first = model.dnn.linears[0]
         weight = first.weight.detach()
         sparse = fields * dim

@@ -43,6 +43,9 @@ from vocab import UNKNOWN, normalise
 CANDIDATES = 100  # that retrieval hands to the reranker
 FALLBACK_ITEMS = 200  # popular items kept in memory for when the database is away
 CONTEXT_CACHE = 10_000  # context texts whose vectors are remembered
+MAX_RELEASES = 3  # loaded at once beside the live one
+# For so long after a release could not be used nobody tries again: reading it takes seconds.
+DAMAGED_SECONDS = 30.0
 AWAY_SECONDS = 1.0  # for so long after a failure nobody waits for a database that is known to be away
 # Lifts items that nobody met yet above all others in a search for them: more than scores ever differ, and not so much that
 # single precision loses their order.
@@ -71,6 +74,7 @@ class Request:
     product_id: str | None = None  # that a list of kind "similar" or "because" is about
     cart: Sequence[str] = ()  # that a list of kind "basket" completes
     explain: bool = True  # off saves the time
+    release: str | None = None  # to answer from; the live one if None, or if this one cannot be used
 
 
 @dataclass(frozen=True)
@@ -180,6 +184,8 @@ class Recommender:
         self.store, self.settings, self.text_encoder = store, settings, text_encoder
         self._lock = threading.RLock()  # warming up a release may learn its words
         self._loaded: LoadedRelease | None = None
+        self._others: dict[str, LoadedRelease] = {}  # named by requests, the one used last at the end
+        self._damaged: dict[str, tuple[float, str]] = {}  # until when (time.monotonic()), and why
         self._popular: list[Recommended] = []
         self._popular_ranked = Ranked([], np.zeros(0), np.zeros((0, 0)))  # the same, for rules
         self._away_until = 0.0  # of time.monotonic()
@@ -198,7 +204,9 @@ class Recommender:
         with self._lock:
             if self._loaded is None or self._loaded.name != name:
                 try:
-                    fresh = LoadedRelease(Release.open(self.settings.models_dir, name), self.text_encoder)
+                    fresh = self._others.pop(name, None) or LoadedRelease(
+                        Release.open(self.settings.models_dir, name), self.text_encoder
+                    )
                 except UserError as error:
                     if self._loaded is None:
                         raise UnavailableError(str(error)) from error
@@ -206,6 +214,48 @@ class Recommender:
                 self._loaded = fresh
                 self._warm_up(fresh)
             return self._loaded
+
+    def release(self, name: str | None) -> tuple[LoadedRelease, list[str]]:
+        """The release of that name, else the live one and a warning why. Raises UnavailableError when nothing is live."""
+        live = self.live()
+        if name is None or name == live.name:
+            return live, []
+        with self._lock:
+            until, why = self._damaged.get(name, (0.0, ""))
+            if time.monotonic() >= until:
+                try:
+                    loaded = self._others.pop(name, None) or self._load(name)
+                except UserError as error:
+                    why = self._note_damaged(name, str(error))
+                else:
+                    self._others[name] = loaded
+                    while len(self._others) > MAX_RELEASES:
+                        del self._others[next(iter(self._others))]
+                    return loaded, []
+        return live, [f"release {name!r} cannot be used, the live one answers: {why}"]
+
+    def _load(self, name: str) -> LoadedRelease:
+        """A release that answers beside the live one. Raises UserError when it cannot."""
+        release = Release.open(self.settings.models_dir, name)
+        release.check_complete()
+        if not self.store.vectors.exists(name):
+            raise UserError(
+                f"release {name} has no vectors in the database; run build_index.py --release {name} --no-live"
+            )
+        return LoadedRelease(release, self.text_encoder)
+
+    def _note_damaged(self, name: str, why: str) -> str:
+        self._others.pop(name, None)
+        self._damaged[name] = (time.monotonic() + DAMAGED_SECONDS, why)
+        return why
+
+    def check_release(self, name: str) -> None:
+        """Raises UserError when the release of that name cannot answer requests, whatever was known before."""
+        with self._lock:
+            self._damaged.pop(name, None)
+            _, warnings = self.release(name)
+        if warnings:
+            raise UserError(warnings[0])
 
     def _warm_up(self, loaded: LoadedRelease) -> None:
         """Answer once for nobody: the first real request then finds everything in place, and the fallback is known."""
@@ -249,16 +299,24 @@ class Recommender:
         for a list of a kind that popular items can stand for is answered from those in memory, marked `degraded`.
         """
         list_kinds.check(request)
-        loaded = self.live()
+        loaded = live = self.live()
         if time.monotonic() < self._away_until:
-            return self._fallback(loaded, request)
+            return self._fallback(live, request)
         try:
-            return self._answer(loaded, request)
-        except (psycopg.errors.QueryCanceled, psycopg.errors.UndefinedTable):
-            return self._fallback(loaded, request)
+            loaded, warnings = self.release(request.release)
+            answer = self._answer(loaded, request)
+            return replace(answer, warnings=[*warnings, *answer.warnings])
+        except psycopg.errors.QueryCanceled:
+            return self._fallback(live, request)
+        except psycopg.errors.UndefinedTable:
+            if request.release is None or loaded.name == live.name:
+                return self._fallback(live, request)
+            with self._lock:
+                self._note_damaged(loaded.name, "its vectors are gone from the database")
+            return self.recommend(request)
         except psycopg.OperationalError:
             self._away_until = time.monotonic() + AWAY_SECONDS
-            return self._fallback(loaded, request)
+            return self._fallback(live, request)
 
     def _fallback(self, loaded: LoadedRelease, request: Request) -> Answer:
         if not self._popular or request.filters != Filters() or request.kind not in ("for_you", "trending"):
@@ -489,8 +547,11 @@ class Recommender:
         answer = self._answer(self.live(), Request(kind="similar", product_id=product_id, k=k, explain=False))
         return [Neighbour(item.product_id, item.title, item.price, item.rank, item.score) for item in answer.items]
 
-    def put_products(self, products: Sequence[RawProduct], reader: LexiconReader) -> list[Rejected]:
-        """Store products, extract their features and make them searchable at once, without retraining.
+    def put_products(
+        self, products: Sequence[RawProduct], reader: LexiconReader, releases: Sequence[str] = ()
+    ) -> list[Rejected]:
+        """Store products, extract their features and make them searchable at once, without retraining, in the live release and
+        in `releases`, which answer beside it.
 
         Returns the values that were refused (they are in quarantine too). A new RE word gets its id and, until the next
         training, a vector projected from its text. Without a live release the products wait for the next index.
@@ -509,7 +570,10 @@ class Recommender:
             loaded = self.live()
         except UnavailableError:
             return rejected
-        self.index(loaded, [extraction.product for extraction in extractions])
+        for name in dict.fromkeys([loaded.name, *releases]):
+            beside, warnings = self.release(name)
+            if not warnings:
+                self.index(beside, [extraction.product for extraction in extractions])
         return rejected
 
     def index(self, loaded: LoadedRelease, products: Sequence[Product]) -> None:

@@ -107,11 +107,15 @@ class Release:
         except FileNotFoundError:
             return None
 
-    def make_live(self) -> None:
-        """Point `current` here, in one atomic step. Raises UserError unless the release is complete."""
+    def check_complete(self) -> None:
+        """Raises UserError unless the release has every part that answering takes."""
         missing = [part for part in ("item_tower", "user_tower", "reranker", "index") if part not in self.manifest]
         if missing:
             raise UserError(f"release {self.name} is not complete (missing: {', '.join(missing)}); it cannot go live")
+
+    def make_live(self) -> None:
+        """Point `current` here, in one atomic step. Raises UserError unless the release is complete."""
+        self.check_complete()
         pointer = self.folder.parent / "current"
         temporary = pointer.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(self.name + "\n", encoding="utf-8")

@@ -51,6 +51,17 @@ class Settings(BaseSettings):
     seed: int = Field(0, ge=0, description="seed of every random choice")
 
 
+class ServiceSettings(Settings):
+    """What the service alone reads."""
+
+    impression_share: float = Field(
+        1.0, ge=0, le=1, description="share of the lists shown that are logged, by shopper; 0 logs none"
+    )
+    impression_retention_days: int = Field(
+        90, ge=0, le=36_500, description="days after which a logged list is deleted; 0 keeps all"
+    )
+
+
 Options = TypeVar("Options", bound=Settings)
 
 

@@ -156,12 +156,15 @@ class ShopData:
         answers = [np.unique(part) for part in np.split(histories.item[rows[order]], splits)]
         return Requests(distinct_pairs[:, 0], distinct_pairs[:, 1], answers, as_of)
 
-    def history_as_of(self, users: np.ndarray, as_of: float, length: int) -> HistoryIndex:
-        """The latest `length` events of each user before `as_of`."""
+    def history_as_of(self, users: np.ndarray, as_of: np.ndarray | float, length: int) -> HistoryIndex:
+        """The latest `length` events of each user before `as_of`: one moment, or one of each user [B]."""
         histories = self.histories
         starts, stops = histories.starts[users], histories.starts[users + 1]
-        past = np.concatenate([[0], np.cumsum(histories.at < as_of)])
-        end = starts + past[stops] - past[starts]  # events are in time order within a user
+        end, last = starts.copy(), stops.copy()
+        while (open_ := end < last).any():  # by halves, all users at once: events are in time order within a user
+            middle = (end + last) // 2
+            earlier = open_ & (histories.at[np.where(open_, middle, 0)] < as_of)
+            end, last = np.where(earlier, middle + 1, end), np.where(open_ & ~earlier, middle, last)
         start = np.maximum(starts, end - length)
         index = start[:, None] + np.arange(max(1, int((end - start).max(initial=0))))
         mask = index < end[:, None]
@@ -179,10 +182,17 @@ class Requests:
     users: np.ndarray  # int [B]
     contexts: np.ndarray  # int [B], rows of `ShopData.context_vectors`
     answers: list[np.ndarray]  # catalogue rows
-    as_of: float
+    as_of: float  # the moment as of which items and links are known
+    at: np.ndarray | None = None  # float64 [B], when each was made and so until when a history goes; None: `as_of`
 
     def __len__(self) -> int:
         return len(self.users)
 
+    @property
+    def moments(self) -> np.ndarray:
+        """When each was made: float64 [B]."""
+        return np.full(len(self), self.as_of) if self.at is None else self.at
+
     def take(self, rows: np.ndarray) -> Requests:
-        return Requests(self.users[rows], self.contexts[rows], [self.answers[row] for row in rows], self.as_of)
+        answers = [self.answers[row] for row in rows]
+        return Requests(self.users[rows], self.contexts[rows], answers, self.as_of, self.moments[rows])

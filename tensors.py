@@ -373,7 +373,11 @@ class RerankBatch:
     item_std: Tensor  # int64 [B, N, std slots]
     item_re: Tensor  # int64 [B, N, re slots]
     item_dense: Tensor  # float32 [B, N, I]
+    position: Tensor | None = None  # float32 [B, N], see POSITION; only in training on lists that were shown
 
+
+# The log of the place, from 1, that a shopper saw the candidate at: 0 at the first. A feature in training alone.
+POSITION = "position"
 
 LINK_SCALE = 10.0  # links have strengths of a few hundredths to a few tenths
 

@@ -9,17 +9,26 @@ from the item tower, the order starts at retrieval's own, and a listwise softmax
 The newest of these requests judge, and are later than all that were learned from: other shoppers of the same days buy the same
 things, and would praise a model that has learned what sold on those days. They choose the epoch, and how far to trust the model at
 all. Then it learns from every request, for as many epochs.
+
+Where a shop logs what it shows (docs/experiments.md), the lists that shoppers of those days were shown and took something out of
+stand in the place of their replayed requests: of what they saw, what they took are the positives, the rest the negatives, and the
+place of an item is a feature (see model_reranker.py). The candidates around what was shown, and all features, are those of the
+release in training, as of the moment of showing but for popularity and links, which are as of the start of that one of `--moments`
+parts of the held-out days, and prices, which are today's. A history, figures of the body or filters that only the request held are
+not logged and not known.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from pydantic import Field
+from scipy.special import softmax
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,9 +36,11 @@ from model_reranker import DeepFM, RerankerConfig, build_deepfm, deepfm_input, s
 from release import RERANKER, USER_TOWER_HOLDOUT, ItemEncoder, Release
 from settings import UserError, run_script
 from shop_data import Requests, ShopData
-from store import Store
+from store import ShownList, Store
 from tensors import (
+    KIND_WEIGHTS,
     MAX_HISTORY_IDS,
+    POSITION,
     Candidates,
     Past,
     PriceScale,
@@ -48,6 +59,12 @@ SLICES = 4  # at least, into which the held-out days are cut: the last ones judg
 JUDGING = 0.2  # share of the lists at least that judge
 TRUSTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LEAST_SHARE = 0.1  # of shoppers with a history, or of strangers: fewer would weigh too much each
+# Of the shown lists, the share that a step sees without their places, so that the model does not lean on them alone: the rate of
+# the paper in model_reranker.py.
+POSITION_DROPOUT = 0.15
+NEWTON_STEPS = 20
+MOST_PLACE_EFFECT = 3.0  # the tenth place a thousandth as good as the first
+NOT_SEEN = -1e9  # logit of a candidate that the shopper did not see: it has no part in the softmax
 
 
 class RerankerOptions(TrainOptions):
@@ -64,32 +81,50 @@ class RerankerOptions(TrainOptions):
     transfer: bool = Field(True, description="start from the item tower's STD and RE tables")
     hidden: list[int] = Field([128, 64], description="widths of the deep part")
     refit: bool = Field(True, description="learn from the judging requests too before serving")
+    impressions: Literal["auto", "off", "on"] = Field(
+        "auto", description="learn from the lists that were shown: if there are enough, never, or however few there are"
+    )
+    min_clicked_lists: int = Field(
+        1000, ge=1, description="shown lists with something taken out of them that are enough for --impressions auto"
+    )
 
 
 @dataclass(frozen=True)
 class Lists:
-    """Replayed requests with their candidates. Only lists with at least one positive can teach an order."""
+    """Replayed requests and shown lists with their candidates. Only lists with at least one positive can teach an order."""
 
-    requests: list[tuple[int, int, float]]  # user number, context row, as of
+    requests: list[tuple[int, int, float]]  # user number, context row, moment as of which items and links are known
     found: Retrieved
     positive: np.ndarray  # bool [L, N]
     answers: np.ndarray  # int [L], all right answers, retrieved or not
     known: np.ndarray  # bool [L], the shopper had a history
     slice: np.ndarray  # int [L], number of the stretch of time in which they asked
+    at: np.ndarray  # float64 [L], epoch seconds until when the history goes
+    place: (
+        np.ndarray
+    )  # int [L, N], from 1, at which the shopper saw a candidate; 0 if not, and throughout a replayed list
 
     def __len__(self) -> int:
         return len(self.requests)
 
     @classmethod
     def joined(cls, parts: list[Lists]) -> Lists:
+        arrays = [field.name for field in fields(cls)][2:]
         return cls(
             [request for part in parts for request in part.requests],
             Retrieved.joined([part.found for part in parts]),
-            np.concatenate([part.positive for part in parts]),
-            np.concatenate([part.answers for part in parts]),
-            np.concatenate([part.known for part in parts]),
-            np.concatenate([part.slice for part in parts]),
+            *(np.concatenate([getattr(part, name) for part in parts]) for name in arrays),
         )
+
+    @property
+    def shown(self) -> np.ndarray:
+        """bool [L], the list was really shown."""
+        return np.asarray((self.place > 0).any(axis=1))
+
+    def counts(self, which: np.ndarray) -> np.ndarray:
+        """Which candidates the shopper chose among: all of a replayed list, what was seen of a shown one. bool [K, N]"""
+        seen = self.place[which] > 0
+        return np.asarray(seen | ~seen.any(axis=1, keepdims=True))
 
     def weights(self, which: np.ndarray) -> np.ndarray:
         """Of the lists `which`, so that shoppers with a history and strangers count the same: float64 [K], with a sum of K.
@@ -121,8 +156,27 @@ def ndcg(positive_in_order: np.ndarray, answers: np.ndarray, count: int) -> np.n
     return gained / np.maximum(ideal, discount[-1])
 
 
+def place_effect(lists: Lists, which: np.ndarray) -> float:
+    """What one unit of the log of the place adds to the logit of being taken, beside retrieval's own: a conditional logistic
+    regression (McFadden, 1974) on the shown lists among `which`, by Newton's method. Training starts from it: gradient steps take
+    epochs to get there, and until then the clicks of the first places count for whatever happens to stand there."""
+    which = which[lists.shown[which]]
+    counts, place, positive = lists.counts(which), np.log(np.maximum(lists.place[which], 1)), lists.positive[which]
+    retrieval = np.where(counts, lists.found.scores[which], NOT_SEEN)
+    target = positive / np.maximum(positive.sum(axis=1, keepdims=True), 1)
+    effect = 0.0
+    for _ in range(NEWTON_STEPS):
+        share = softmax(retrieval + effect * place, axis=1)
+        mean = (share * place).sum(axis=1)
+        slope = ((target * place).sum(axis=1) - mean).sum()
+        curvature = ((share * place**2).sum(axis=1) - mean**2).sum()
+        # All places alike say nothing, nor do so few lists that any effect explains them.
+        effect = float(np.clip(effect + slope / max(curvature, 1e-9), -MOST_PLACE_EFFECT, MOST_PLACE_EFFECT))
+    return effect
+
+
 class ListFeatures:
-    """RerankBatch of any replayed lists."""
+    """RerankBatch of any lists."""
 
     def __init__(
         self, shop: ShopData, lists: Lists, profiles: np.ndarray, prices: PriceScale, release: Release
@@ -137,7 +191,7 @@ class ListFeatures:
         users = np.array([lists.requests[i][0] for i in which])
         as_of = np.array([lists.requests[i][2] for i in which])
         found = lists.found.take(which)
-        past, rows = self._past(users, as_of), found.rows
+        past, rows = self._past(users, lists.at[which]), found.rows
         index_rows = np.stack([self.keys[moment][items] for moment, items in zip(as_of, rows, strict=True)])
         candidates = Candidates(
             found.queries, index_rows, found.scores, found.together, found.variant, shop.items.std[rows],
@@ -145,14 +199,13 @@ class ListFeatures:
         )  # fmt: skip
         return rerank_batch(candidates, past, self.prices, self.item_width, self.popularity_width)
 
-    def _past(self, users: np.ndarray, as_of: np.ndarray) -> Past:
+    def _past(self, users: np.ndarray, at: np.ndarray) -> Past:
         shop = self.shop
+        found = shop.history_as_of(users, at, self.length)
+        width = found.index.shape[1]
         index = np.zeros((len(users), self.length), dtype=np.int64)
         mask = np.zeros((len(users), self.length), dtype=bool)
-        for moment in np.unique(as_of):
-            at = np.flatnonzero(as_of == moment)
-            found = shop.history_as_of(users[at], moment, self.length)
-            index[at, : found.index.shape[1]], mask[at, : found.mask.shape[1]] = found.index, found.mask
+        index[:, :width], mask[:, :width] = found.index, found.mask
         items = shop.histories.item[index]
         return Past(
             shop.vectors[items], mask, shop.items.std[items], shop.items.re[items], shop.price[items],
@@ -160,8 +213,53 @@ class ListFeatures:
         )  # fmt: skip
 
 
-def replay(shop: ShopData, release: Release, options: RerankerOptions) -> tuple[ListFeatures, PriceScale]:
-    """Retrieve candidates for the requests of the held-out days, as of `moments` moments in them."""
+def shown_requests(
+    shop: ShopData, shown: list[ShownList], as_of: float, most: int
+) -> tuple[Requests, list[np.ndarray], list[np.ndarray]]:
+    """Shown lists as requests; of each the rows of the items seen, `most` at most, and their places, from 1.
+
+    Lists of shoppers without an event that is known, or without an item seen that still is and was not taken, are left out.
+    """
+    user_of = {user_id: number for number, user_id in enumerate(shop.histories.user_ids)}
+    context_of = {context: number for number, context in enumerate(shop.histories.contexts)}
+    row_of = {product_id: row for row, product_id in enumerate(shop.items.product_ids)}
+    users, contexts, answers, at, seen, places = [], [], [], [], [], []
+    for one in shown:
+        taken = {row_of[product_id] for product_id in one.taken if product_id in row_of}
+        place_of: dict[int, int] = {}
+        for place, product_id in enumerate(one.product_ids, start=1):
+            row = row_of.get(product_id, -1)
+            # What was taken was seen, whatever the page says.
+            if row >= 0 and (one.seen is None or place in one.seen or row in taken):
+                place_of.setdefault(row, place)
+        rows = list(place_of)[:most]
+        if one.user_id in user_of and 0 < len(taken.intersection(rows)) < len(rows):
+            users.append(user_of[one.user_id])
+            contexts.append(context_of[one.context])
+            answers.append(np.array(sorted(taken.intersection(rows))))
+            at.append(one.at)
+            seen.append(np.array(rows))
+            places.append(np.array([place_of[row] for row in rows]))
+    return Requests(np.array(users, int), np.array(contexts, int), answers, as_of, np.array(at, float)), seen, places
+
+
+def with_contexts(shop: ShopData, contexts: list[str], text_encoder: TextEncoder) -> ShopData:
+    """The shop with words that no event came with, too."""
+    new = sorted(set(contexts) - set(shop.histories.contexts))
+    if not new:
+        return shop
+    return replace(
+        shop,
+        histories=replace(shop.histories, contexts=[*shop.histories.contexts, *new]),
+        context_vectors=np.concatenate([shop.context_vectors, text_encoder.cached_pooled(new)]),
+    )
+
+
+def replay(
+    shop: ShopData, release: Release, options: RerankerOptions, shown: list[ShownList]
+) -> tuple[ListFeatures, PriceScale]:
+    """Retrieve candidates for the requests of the held-out days, as of `moments` moments in them: for lists that were shown, and
+    for what shoppers took in a stretch of time in which they were shown none."""
     part = release.manifest["user_tower"]
     start, end = part["validation_start"], shop.now
     tower = release.aligned_user_tower(shop.items.product_ids, USER_TOWER_HOLDOUT)
@@ -172,26 +270,38 @@ def replay(shop: ShopData, release: Release, options: RerankerOptions) -> tuple[
     keys: dict[float, np.ndarray] = {}
     for number in range(len(edges) - 1):
         moment = float(edges[number - number % per_moment])
-        requests: Requests = shop.requests(edges[number], edges[number + 1], moment)
-        if not len(requests):
+        of_part = [one for one in shown if edges[number] <= one.at < edges[number + 1]]
+        seen_requests, seen, places = shown_requests(shop, of_part, moment, options.candidates)
+        replayed: Requests = shop.requests(edges[number], edges[number + 1], moment)
+        replayed = replayed.take(np.flatnonzero(~np.isin(replayed.users, seen_requests.users)))
+        if not len(replayed) and not len(seen_requests):
             continue
-        retrieved = retrieve(
-            tower, shop, shop.links(moment), requests, profiles, tower.config.history, options.candidates,
-            round(options.new_goods * options.candidates), "replaying requests",
-        )  # fmt: skip
-        positive = np.stack(
-            [np.isin(row, answer) for row, answer in zip(retrieved.rows, requests.answers, strict=True)]
-        )
-        useful = np.flatnonzero(positive.any(1))
-        pairs = zip(requests.users[useful], requests.contexts[useful], strict=True)
-        found.append(
-            Lists(
-                [(int(user), int(context), moment) for user, context in pairs], retrieved.take(useful),
-                positive[useful], np.array([len(answer) for answer in requests.answers])[useful],
-                np.asarray(shop.history_as_of(requests.users[useful], moment, 1).mask.any(axis=1)),
-                np.full(len(useful), number),
+        links = shop.links(moment)
+        for requests, kept in ((replayed, None), (seen_requests, seen)):
+            if not len(requests):
+                continue
+            retrieved = retrieve(
+                tower, shop, links, requests, profiles, tower.config.history, options.candidates,
+                round(options.new_goods * options.candidates), "replaying requests", kept,
+            )  # fmt: skip
+            positive = np.stack(
+                [np.isin(row, answer) for row, answer in zip(retrieved.rows, requests.answers, strict=True)]
             )
-        )  # fmt: skip
+            place = np.zeros(retrieved.rows.shape, dtype=np.int64)
+            for row, items in enumerate(kept or []):
+                column_of = {item: column for column, item in enumerate(retrieved.rows[row])}
+                place[row, [column_of[item] for item in items]] = places[row]
+            useful = np.flatnonzero(positive.any(1))
+            pairs = zip(requests.users[useful], requests.contexts[useful], strict=True)
+            at = requests.moments[useful]
+            found.append(
+                Lists(
+                    [(int(user), int(context), moment) for user, context in pairs], retrieved.take(useful),
+                    positive[useful], np.array([len(answer) for answer in requests.answers])[useful],
+                    np.asarray(shop.history_as_of(requests.users[useful], at, 1).mask.any(axis=1)),
+                    np.full(len(useful), number), at, place[useful],
+                )
+            )  # fmt: skip
         if moment not in keys:
             with torch.no_grad():
                 popularity = shop.popularity_as_of(moment)
@@ -199,13 +309,33 @@ def replay(shop: ShopData, release: Release, options: RerankerOptions) -> tuple[
     lists = Lists.joined(found) if found else None
     if lists is None or len(lists) < 10:
         raise UserError(
-            f"only {0 if lists is None else len(lists)} replayed requests found what the shopper took; "
+            f"only {0 if lists is None else len(lists)} lists hold what the shopper took; "
             "import more events or raise --validation-share of train_user.py"
         )
     prices = PriceScale.fit(shop.price)
     features = ListFeatures(shop, lists, profiles, prices, release)
     features.keys = keys
     return features, prices
+
+
+def impressions_to_use(store: Store, release: Release, options: RerankerOptions) -> tuple[list[ShownList], str]:
+    """The lists shown in the held-out days to learn from, and a sentence for people about them. The days before shaped the user
+    tower, whose scores would betray what was taken.
+
+    Raises UserError when there are none though they were asked for.
+    """
+    if options.impressions == "off":
+        return [], "impressions: not used (--impressions off)"
+    ignored = [kind for kind, weight in KIND_WEIGHTS.items() if weight <= 0]
+    shown = store.impressions.read_taken(release.manifest["user_tower"]["validation_start"], ignored)
+    said = f"{len(shown)} lists with something taken out of them were shown in the held-out days"
+    if options.impressions == "auto" and len(shown) < options.min_clicked_lists:
+        return [], f"impressions: not used, {said}, fewer than {options.min_clicked_lists} (--min-clicked-lists)"
+    if not shown:
+        raise UserError(
+            "no list with something taken out of it was logged in the held-out days; use --impressions auto"
+        )
+    return shown, f"impressions: used, {said}"
 
 
 def main(options: RerankerOptions) -> None:
@@ -215,13 +345,20 @@ def main(options: RerankerOptions) -> None:
         raise UserError(f"release {release.name} has no user tower yet; run train_user.py first")
     with Store.open(options) as store:
         shop = ShopData.load(store, encoder, release.manifest["user_tower"]["popularity_windows"])
-    features, prices = replay(shop, release, options)
+        shown, why = impressions_to_use(store, release, options)
+    if PartialState().is_main_process:
+        print(why)
+    shop = with_contexts(shop, [one.context for one in shown], encoder.text_encoder)
+    features, prices = replay(shop, release, options, shown)
     lists = features.lists
+    with_places = bool(lists.shown.any())
+    metric = f"ndcg@{NDCG_AT}" + (" with impressions" if with_places else "")  # not to be compared with one without
 
     config = RerankerConfig(
         std_rows=len(encoder.std_vocab), re_rows=len(encoder.re_vocab), std_slots=encoder.layout.std_slots,
         re_slots=encoder.layout.re_slots, history_ids=MAX_HISTORY_IDS, user_dense=user_dense_names(release.profile_scaler()),
-        item_dense=item_dense_names(features.popularity_width), embedding_dim=encoder.tower.config.embedding_dim,
+        item_dense=[*item_dense_names(features.popularity_width), *([POSITION] if with_places else [])],
+        embedding_dim=encoder.tower.config.embedding_dim,
         hidden=tuple(options.hidden),
     )  # fmt: skip
 
@@ -230,18 +367,28 @@ def main(options: RerankerOptions) -> None:
         model = build_deepfm(config)
         if options.transfer:
             transfer(model, encoder.tower.std_table.weight, encoder.tower.re_table.weight)
-        start_from_retrieval(model, config)
+        start_from_retrieval(model, config, effect)
         return model
 
     judging = lists.judging()
     train_rows, validation_rows = np.flatnonzero(~judging), np.flatnonzero(judging)
+    effect = place_effect(lists, train_rows)
     weight_of = lists.weights(np.arange(len(lists)))
     validation_weights = lists.weights(validation_rows)
 
     def logits(deepfm: nn.Module, which: np.ndarray) -> tuple[Tensor, Tensor]:
-        """The model's own, and retrieval's."""
+        """The model's own, and retrieval's; of what was shown, given the places."""
         batch = features.batch(which)
-        return deepfm(deepfm_input(batch)).view(len(which), -1), config.retrieval_of(batch)
+        retrieval = config.retrieval_of(batch)
+        if with_places:
+            position = torch.from_numpy(np.log(np.maximum(lists.place[which], 1))).float()
+            if deepfm.training:
+                position = position * (torch.rand(len(which), 1) >= POSITION_DROPOUT)
+            batch = replace(batch, position=position)
+            retrieval = retrieval + effect * position
+        unseen = torch.from_numpy(~lists.counts(which))
+        own = deepfm(deepfm_input(batch)).view(len(which), -1)
+        return own.masked_fill(unseen, NOT_SEEN), retrieval.masked_fill(unseen, NOT_SEEN)
 
     def loss(deepfm: nn.Module, which: np.ndarray) -> Tensor:
         positive = torch.from_numpy(lists.positive[which]).float()
@@ -269,7 +416,7 @@ def main(options: RerankerOptions) -> None:
         own, before = found[trust], found[0.0]
         known = lists.known[validation_rows]
         return {
-            f"ndcg@{NDCG_AT}": float(np.average(own, weights=validation_weights)),
+            metric: float(np.average(own, weights=validation_weights)),
             f"ndcg@{NDCG_AT} of retrieval": float(np.average(before, weights=validation_weights)),
             "with history": float(own[known].mean()) if known.any() else 0.0,
             "of retrieval": float(before[known].mean()) if known.any() else 0.0,
@@ -280,7 +427,7 @@ def main(options: RerankerOptions) -> None:
         return lambda epoch: shuffled_batches(rows, options.batch_size, options.seed, epoch)
 
     model = new_model()
-    report = fit(model, batches(train_rows), loss, validate, f"ndcg@{NDCG_AT}", options, release.folder, STAGE)
+    report = fit(model, batches(train_rows), loss, validate, metric, options, release.folder, STAGE)
     with torch.no_grad():
         config = replace(config, trust=best_trust(judge(model)))
     if options.refit and report.best_epoch:
@@ -298,6 +445,7 @@ def main(options: RerankerOptions) -> None:
         config=config,
         prices=prices,
         lists=len(lists),
+        impressions={"lists": int(lists.shown.sum()), "why": why},
         report=report,
         options=options.model_dump(mode="json", exclude={"database_url"}),
     )

@@ -232,10 +232,11 @@ class Retrieved:
 @torch.no_grad()
 def retrieve(
     tower: UserTower, shop: ShopData, links: ItemLinks, requests: Requests, profiles: np.ndarray, history: int,
-    count: int, new: int = 0, progress: str = "",
+    count: int, new: int = 0, progress: str = "", kept: Sequence[np.ndarray] | None = None,
 ) -> Retrieved:  # fmt: skip
     """The best `count` catalogue rows for each request by exact search, without what the shopper met before; of items that had no
-    event yet at least the best `new`."""
+    event yet at least the best `new`. The distinct rows `kept` of each request, `count` at most, are among them however they score.
+    """
     popularity = shop.popularity_as_of(requests.as_of)
     keys = item_keys(tower, torch.from_numpy(shop.vectors), popularity)
     count = min(count, len(keys))
@@ -246,14 +247,20 @@ def retrieve(
     starts = range(0, len(requests), batch_size)
     for start in tqdm(starts, desc=progress, unit="batch", disable=not progress, leave=False):
         part = requests.take(np.arange(start, min(start + batch_size, len(requests))))
-        index = shop.history_as_of(part.users, part.as_of, history)
-        now = np.full(len(part), part.as_of)
+        now = part.moments
+        index = shop.history_as_of(part.users, now, history)
         query = tower(shop.user_batch(tower, index, part.users, part.contexts, now, profiles, popularity))
         together, variant = links.scores(shop.histories.item[index.index], index.mask, every)
         logits = query @ keys.T + tower.link_scores(together, variant)
         for row, user in enumerate(part.users):
-            logits[row, torch.from_numpy(shop.seen(user, part.as_of).astype(np.int64))] = -torch.inf
+            met = shop.seen(user, now[row]).astype(np.int64)
+            if kept is not None:
+                met = np.setdiff1d(met, kept[start + row])
+            logits[row, torch.from_numpy(met)] = -torch.inf
         found = best(logits, count, untouched, new).numpy()
+        if kept is not None:
+            of_part = kept[start : start + len(part)]
+            found = np.stack([with_kept(*row) for row in zip(found, of_part, logits.numpy(), strict=True)])
         scores, *linked = (np.take_along_axis(part, found, axis=1) for part in (logits.numpy(), together, variant))
         parts.append(Retrieved(found, scores, linked[0], linked[1], query.numpy()))
     return Retrieved.joined(parts)
@@ -271,6 +278,15 @@ def best(logits: Tensor, count: int, untouched: Tensor, new: int) -> Tensor:
     chosen = logits.scatter(1, reserved.indices, lift).topk(count).indices
     order = logits.gather(1, chosen).argsort(dim=1, descending=True, stable=True)
     return chosen.gather(1, order)
+
+
+def with_kept(found: np.ndarray, kept: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """`found` int64 [N] with all of `kept` in it, in the places of its last others; greatest scores [catalogue] first."""
+    missing = np.setdiff1d(kept, found)
+    others = np.flatnonzero(~np.isin(found, kept))
+    chosen = found.copy()
+    chosen[others[len(others) - len(missing) :]] = missing
+    return chosen[np.argsort(-scores[chosen], kind="stable")]
 
 
 def recall(rows: np.ndarray, answers: list[np.ndarray], count: int) -> float:

@@ -19,12 +19,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from api_controller import goods, lists, rules, shoppers
+from api_controller import experiments, goods, impressions, lists, rules, shoppers
 from api_controller.limits import BodyLimit
 from api_controller.schemas import Health
 from api_controller.service import Service, ServiceDep, get_service
 from release import Release
-from settings import Settings
+from settings import ServiceSettings
 
 log = logging.getLogger("styletower")
 
@@ -32,7 +32,7 @@ log = logging.getLogger("styletower")
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     torch.set_num_threads(1)  # two threads beside another busy process make a 1.5 ms forward take 10 to 48
-    service = Service(Settings())
+    service = Service(ServiceSettings())
     app.state.service = service
     service.problem = service.check()  # before the first request: whatever it waits for, nobody waits behind it
     if service.problem:
@@ -104,5 +104,5 @@ async def metrics(service: ServiceDep) -> Response:
     return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-for routes in (lists, goods, shoppers, rules):
+for routes in (lists, goods, shoppers, rules, impressions, experiments):
     app.include_router(routes.router)

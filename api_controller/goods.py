@@ -40,5 +40,6 @@ async def products(
     reader = service.reader
     assert reader is not None
     given = listed(body)
-    refused = await service.run(lambda: recommender.put_products(given, reader))
+    # Releases that answer an experiment's shoppers must know of them too.
+    refused = await service.run(lambda: recommender.put_products(given, reader, service.answering_releases()))
     return ProductsAnswer(stored=len(given), refused=[f"{row.file} {row.reason}: {row.raw}" for row in refused])

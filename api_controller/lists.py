@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, HTTPException, Query
 
 import recommender as pipeline
+from api_controller.experiments import Assignment, assign, log_list
 from api_controller.rules import check
 from api_controller.schemas import (
     AnchorBody,
@@ -37,9 +38,11 @@ async def recommend(body: RecommendBody, service: ServiceDep) -> RecommendAnswer
     """A ranked list for a shopper, a context, a body, or nobody at all; or of another `kind`: like a product, for a cart, what is
     trending, what to buy again."""
     store, recommender = service.parts()
+    shopper = body.user_id
 
-    def work() -> pipeline.Answer:
-        rules, unknown = _rules(store, recommender, body)
+    def work() -> tuple[Assignment, pipeline.Answer]:
+        assignment = assign(service, shopper, body)
+        rules, unknown = _rules(store, recommender, body, assignment.rules)
         answer = recommender.recommend(
             pipeline.Request(
                 body.user_id,
@@ -55,17 +58,19 @@ async def recommend(body: RecommendBody, service: ServiceDep) -> RecommendAnswer
                 product_id=body.product_id,
                 cart=body.cart,
                 explain=body.explain,
+                release=assignment.release,
             )
         )
-        return replace(answer, warnings=[*answer.warnings, *unknown])
+        return assignment, replace(answer, warnings=[*answer.warnings, *unknown])
 
     try:
-        answer = await service.run(work)
+        assignment, answer = await service.run(work)
     except RequestError as error:
         raise HTTPException(422, [{"loc": ["body", error.field], "msg": str(error)}]) from error
     except UnknownProductError as error:
         raise HTTPException(404, f"no product {body.product_id!r} in the live release") from error
     service.lists.labels(answer.kind).inc()
+    list_id, arm = log_list(service, shopper, assignment, body, answer)
     for stage, milliseconds in answer.milliseconds.items():
         service.seconds.labels(stage).observe(milliseconds / 1000)
     if answer.degraded:
@@ -75,8 +80,13 @@ async def recommend(body: RecommendBody, service: ServiceDep) -> RecommendAnswer
         for item in answer.items
     ]
     anchor = AnchorBody(**vars(answer.anchor)) if answer.anchor else None
+    counted = {
+        "list_id": list_id,
+        "experiment": assignment.experiment.name if assignment.experiment and arm else None,
+        "arm": arm.name if arm else None,
+    }
     return RecommendAnswer.model_construct(
-        **{**vars(answer), "items": items, "anchor": anchor, "rules": _rules_used(service, answer.rules)}
+        **{**vars(answer), **counted, "items": items, "anchor": anchor, "rules": _rules_used(service, answer.rules)}
     )
 
 
@@ -95,11 +105,16 @@ def _filters(recommender: pipeline.Recommender, body: RecommendBody) -> Filters:
     )
 
 
-def _rules(store: Store, recommender: pipeline.Recommender, body: RecommendBody) -> tuple[NamedRules | None, list[str]]:
-    """The rules to try, or the live ones; and what in them no product has. 422 for a name that has none."""
+def _rules(
+    store: Store, recommender: pipeline.Recommender, body: RecommendBody, of_arm: str | None
+) -> tuple[NamedRules | None, list[str]]:
+    """The rules to try, or the live ones, an experiment's before others; and what in them no product has. 422 for a name that has
+    none."""
     if body.rules is not None:
         rules, unknown = check(store, body.rules)
         return NamedRules(TRIED, None, rules), unknown
+    if of_arm is not None and (named := recommender.rules(of_arm)) is not None:
+        return named, []
     named = recommender.rules(body.rule_set)
     if named is None and body.rule_set != DEFAULT:
         raise HTTPException(

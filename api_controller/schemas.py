@@ -9,6 +9,7 @@ from fastapi import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from catalog import Identifier, Moment, Price, Profile, Text, Value, Values
+from experiments import Arm, Arms
 from list_kinds import Kind
 from rules import DEFAULT, Days, RuleSet
 
@@ -17,6 +18,7 @@ MAX_LIST = 1000
 
 ProductId = Annotated[Identifier, Path(description="the shop's own product id")]
 UserId = Annotated[Identifier, Path(description="the shop's own shopper id")]
+ExperimentName = Annotated[Identifier, Path(description="what the experiment is called")]
 
 
 class FilterBody(BaseModel):
@@ -126,6 +128,11 @@ class RulesUsedBody(BaseModel):
 class RecommendAnswer(BaseModel):
     kind: str
     anchor: AnchorBody | None
+    """`list_id` goes back with events and impressions; `experiment` and `arm` say what the list counts for, if it does."""
+
+    list_id: str
+    experiment: str | None
+    arm: str | None
     items: list[ItemBody]
     release: str
     plan: str
@@ -274,3 +281,87 @@ class Health(BaseModel):
     status: str
     release: str | None = None
     reason: str | None = None
+
+
+class ViewBody(BaseModel):
+    """Places of one list, from 1, that a shopper saw."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    list_id: Identifier
+    positions: Annotated[list[Annotated[int, Field(ge=1, le=MAX_K)]], Field(min_length=1, max_length=MAX_K)]
+
+
+class ViewsAnswer(BaseModel):
+    stored: int
+
+
+class ExperimentBody(BaseModel):
+    """The first arm is what the others are compared with, and what anonymous shoppers get. Two arms that are alike are a test of
+    the experiment itself: they must not differ."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {
+                    "arms": [{"name": "control", "share": 0.5}, {"name": "same again", "share": 0.5}],
+                    "note": "are two halves of the shoppers alike?",
+                }
+            ]
+        },
+    )
+
+    arms: Arms
+    note: Text = ""
+
+
+class StartedExperiment(BaseModel):
+    name: str
+    version: int
+    arms: list[Arm]
+    note: str
+    started_at: datetime
+    stopped_at: datetime | None
+
+
+class RateBody(BaseModel):
+    """A share with its 95 % interval; null where there are too few shoppers to say."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+class ArmReport(BaseModel):
+    """By outcome (click, cart, purchase): of shoppers, the share that did so at least once; of lists, the share out of which
+    somebody did."""
+
+    arm: str
+    shoppers: int
+    lists: int
+    per_shopper: dict[str, RateBody | None]
+    per_list: dict[str, RateBody | None]
+
+
+class DifferenceBody(BaseModel):
+    arm: str
+    outcome: str
+    per: str
+    difference: float
+    low: float | None
+    high: float | None
+
+
+class SampleRatioBody(BaseModel):
+    expected: dict[str, float]
+    chi_square: float
+    p: float
+    broken: bool
+
+
+class ReportAnswer(StartedExperiment):
+    report: list[ArmReport]
+    differences: list[DifferenceBody]
+    sample_ratio: SampleRatioBody
+    warnings: list[str]

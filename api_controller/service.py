@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -14,11 +16,13 @@ from fastapi import Depends, HTTPException, Request
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 import recommender as pipeline
+from api_controller.impression_log import ImpressionLog
 from api_controller.schemas import MAX_LIST
+from experiments import Experiment
 from lexicon import Lexicon
 from readers import LexiconReader
 from rules import Effect
-from settings import Settings, UserError
+from settings import ServiceSettings, UserError
 from store import Store
 from text_encoder import TextEncoder
 
@@ -27,6 +31,7 @@ THREADS = 4
 MAX_WAITING = 64  # requests in the pool's queue; beyond, 503 at once
 REQUEST_SECONDS = 5.0
 RETRY_SECONDS = 2.0  # between attempts to open what was missing at the start
+EXPERIMENT_SECONDS = 0.5  # for so long a worker may not know of an experiment's start or stop
 
 Result = TypeVar("Result")
 
@@ -34,13 +39,15 @@ Result = TypeVar("Result")
 class Service:
     """What the handlers share: the store, the pipeline, the threads, the counters. Parts may come late."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ServiceSettings) -> None:
         self.settings = settings
         self.pool = ThreadPoolExecutor(THREADS, thread_name_prefix="pipeline")
         self.waiting = 0
         self.store: Store | None = None
         self.recommender: pipeline.Recommender | None = None
         self.reader: LexiconReader | None = None
+        self.impressions: ImpressionLog | None = None
+        self._experiment: tuple[float, Experiment | None] = (0.0, None)  # good until, of time.monotonic()
         self.problem = "starting"
         self.opening = threading.Lock()
         self.registry = CollectorRegistry()
@@ -54,6 +61,13 @@ class Service:
         self.rule_moves = Counter(
             "styletower_rule_moves", "Items that live rules moved", ["kind"], registry=self.registry
         )
+        self.exposures = Counter(
+            "styletower_exposures", "Lists shown that count for an arm", ["experiment", "arm"], registry=self.registry
+        )
+        self.missed = Counter(
+            "styletower_missed_exposures", "Lists of an arm's shoppers that its release did not answer",
+            ["experiment", "arm"], registry=self.registry,
+        )  # fmt: skip
         self.live = Gauge("styletower_live_release", "1 for the live release", ["release"], registry=self.registry)
 
     def open(self) -> None:
@@ -61,6 +75,7 @@ class Service:
         with self.opening:  # two callers must not start two of anything
             if self.store is None:
                 self.store = Store.open(self.settings, statement_seconds=REQUEST_SECONDS)
+                self.impressions = ImpressionLog(self.store, self.settings.impression_retention_days, self.registry)
             if self.recommender is None:
                 encoder = TextEncoder.load(self.settings)
                 self.reader = LexiconReader(Lexicon.load(LEXICON))
@@ -92,6 +107,8 @@ class Service:
 
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
+        if self.impressions is not None:
+            self.impressions.close()
         if self.store is not None:
             self.store.close()
 
@@ -111,6 +128,23 @@ class Service:
             raise unavailable("the database does not answer") from error
         finally:
             self.waiting -= 1
+
+    def running_experiment(self) -> Experiment | None:
+        """As of EXPERIMENT_SECONDS ago at most. Asks the database: call it in the pool. While that is away, the last one known."""
+        assert self.store is not None
+        until, experiment = self._experiment
+        if time.monotonic() >= until:
+            # Whoever asks meanwhile makes do with what is known: one thread asks the database, and one alone waits for it.
+            self._experiment = time.monotonic() + EXPERIMENT_SECONDS, experiment
+            with suppress(psycopg.Error):
+                experiment = self.store.experiments.running()
+                self._experiment = time.monotonic() + EXPERIMENT_SECONDS, experiment
+        return experiment
+
+    def answering_releases(self) -> list[str]:
+        """Releases that the experiment in progress names. Call it in the pool."""
+        experiment = self.running_experiment()
+        return [arm.release for arm in experiment.arms if arm.release is not None] if experiment else []
 
     def parts(self) -> tuple[Store, pipeline.Recommender]:
         """The store and the pipeline; 503 until they are there."""

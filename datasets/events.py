@@ -21,6 +21,7 @@ EVENT_SCHEMA: dict[str, pl.DataType] = {
     "kind": pl.String(),
     "at": pl.Datetime("us", "UTC"),
     "context": pl.String(),
+    "list_id": pl.String(),
 }
 
 # Narrower than `Event` on purpose: a row that fits none of these is judged by `Event` itself.
@@ -59,7 +60,7 @@ def checked_events(
     given = rows.with_columns(pl.lit(None).alias(name) for name in EVENT_SCHEMA if name not in rows.columns)
     texts = given.select(_as_text(given[name]) for name in EVENT_SCHEMA if name != "at").with_columns(
         given["line"].cast(pl.Int64),
-        *(given[name].is_null().alias(f"{name}_absent") for name in ("event_id", "kind", "context")),
+        *(given[name].is_null().alias(f"{name}_absent") for name in ("event_id", "kind", "context", "list_id")),
         _as_time(given["at"]),
     )
     marked = texts.with_columns(
@@ -67,13 +68,14 @@ def checked_events(
             *(_plain_id(name) for name in ("user_id", "product_id")),
             pl.col("kind_absent") | pl.col("kind").str.contains(_PLAIN_KIND),
             pl.col("event_id_absent") | _plain_id("event_id"),
+            pl.col("list_id_absent") | _plain_id("list_id"),
             pl.col("context_absent")
             | (pl.col("context").str.len_chars() <= MAX_TEXT) & ~pl.col("context").str.contains("\x00", literal=True),
             pl.col("at").is_between(EARLIEST, LATEST, closed="left"),
         ).fill_null(False)
     )
     clean = marked.filter("clean").with_columns(
-        pl.col("kind").fill_null(Event.model_fields["kind"].default), pl.col("context").fill_null("")
+        pl.col("kind").fill_null(Event.model_fields["kind"].default), pl.col("context", "list_id").fill_null("")
     )
     others = ~marked["clean"]
     judged = (

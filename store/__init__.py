@@ -5,6 +5,7 @@ from store.aliases import Alias, Applied
 from store.database import Store
 from store.events import EventLog, Purchases, PutEvents
 from store.imports import Counts, ImportReport, ImportSession
+from store.impressions import Impression, ShownList
 from store.products import Commerce, StoredProduct
 from store.quarantine import QuarantinedRow
 from store.releases import RecordedRelease
@@ -25,6 +26,7 @@ __all__ = [
     "History",
     "ImportReport",
     "ImportSession",
+    "Impression",
     "ItemRows",
     "Purchases",
     "PutEvents",
@@ -33,6 +35,7 @@ __all__ = [
     "Rejected",
     "RulesTurn",
     "RulesVersion",
+    "ShownList",
     "Store",
     "StoredProduct",
     "UserState",

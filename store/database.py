@@ -23,7 +23,9 @@ from store import embedded, imports
 from store.aliases import Aliases
 from store.cache import Cache
 from store.events import Events
+from store.experiments import Experiments
 from store.imports import ImportSession
+from store.impressions import Impressions
 from store.products import Products
 from store.quarantine import Quarantine
 from store.releases import Releases
@@ -68,6 +70,8 @@ class Store:
         self.releases = Releases(self.pool)
         self.aliases = Aliases(self.pool)
         self.rules = Rules(self.pool)
+        self.impressions = Impressions(self.pool)
+        self.experiments = Experiments(self.pool)
 
     @classmethod
     def open(cls, settings: Settings, statement_seconds: float | None = None) -> Store:

@@ -19,11 +19,11 @@ READ_ROWS = 100_000  # held at once as Python objects
 _PUT = """
     WITH given AS MATERIALIZED (
         SELECT *, EXISTS (SELECT FROM products WHERE products.product_id = rows.product_id) AS known
-        FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[], %s::timestamptz[], %s::text[])
-            AS rows(event_id, user_id, product_id, kind, at, context)
+        FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[], %s::timestamptz[], %s::text[], %s::text[])
+            AS rows(event_id, user_id, product_id, kind, at, context, list_id)
     ), stored AS (
-        INSERT INTO events (event_id, user_id, product_id, kind, at, context)
-        SELECT event_id, user_id, product_id, kind, at, context FROM given WHERE known ORDER BY event_id
+        INSERT INTO events (event_id, user_id, product_id, kind, at, context, list_id)
+        SELECT event_id, user_id, product_id, kind, at, context, list_id FROM given WHERE known ORDER BY event_id
         ON CONFLICT (event_id) DO NOTHING RETURNING 1
     )
     SELECT (SELECT count(*) FROM stored), (SELECT count(*) FROM given WHERE known),
@@ -119,8 +119,8 @@ class Events:
 
     def put(self, events: list[Event]) -> PutEvents:
         """Store events; one whose id is there changes nothing, one on an unknown product is not stored."""
-        rows = [(e.event_id, e.user_id, e.product_id, e.kind, e.at, e.context) for e in events]
-        columns = list(zip(*rows, strict=True)) or [()] * 6
+        rows = [(e.event_id, e.user_id, e.product_id, e.kind, e.at, e.context, e.list_id) for e in events]
+        columns = list(zip(*rows, strict=True)) or [()] * 7
         with self._pool.connection() as connection:
             row = connection.execute(_PUT, [list(column) for column in columns]).fetchone()
         assert row is not None

@@ -43,6 +43,7 @@ EVENT_COLUMNS: dict[str, pl.DataType] = {
     "kind": pl.String(),
     "at": pl.Datetime("us", "UTC"),
     "context": pl.String(),
+    "list_id": pl.String(),
 }
 
 _STAGING = """
@@ -56,7 +57,7 @@ _STAGING = """
 """
 
 _KNOWN_EVENTS = """
-    SELECT event_id, user_id, product_id, kind, at, context FROM import_events
+    SELECT event_id, user_id, product_id, kind, at, context, list_id FROM import_events
     WHERE EXISTS (SELECT FROM products WHERE products.product_id = import_events.product_id)
 """
 
@@ -86,7 +87,7 @@ _MERGE_FEATURES = f"""
 # (new, changed, rows given); an event never changes.
 _MERGE_EVENTS = f"""
     WITH given AS MATERIALIZED ({_KNOWN_EVENTS}), merged AS (
-        INSERT INTO events (event_id, user_id, product_id, kind, at, context) SELECT * FROM given ORDER BY event_id
+        INSERT INTO events (event_id, user_id, product_id, kind, at, context, list_id) SELECT * FROM given ORDER BY event_id
         ON CONFLICT (event_id) DO NOTHING RETURNING 1
     )
     SELECT (SELECT count(*) FROM merged), 0, (SELECT count(*) FROM given)
@@ -100,7 +101,7 @@ _EMPTY_EVENTS = """
 """
 _FILL_EVENTS = f"""
     WITH given AS MATERIALIZED ({_KNOWN_EVENTS}), filled AS (
-        INSERT INTO events (event_id, user_id, product_id, kind, at, context)
+        INSERT INTO events (event_id, user_id, product_id, kind, at, context, list_id)
         SELECT DISTINCT ON (event_id) * FROM given ORDER BY event_id RETURNING 1
     )
     SELECT (SELECT count(*) FROM filled), 0, (SELECT count(*) FROM given)
@@ -172,11 +173,11 @@ class ImportSession:
     def events(self, events: Iterable[Event], file: str = "") -> None:
         """Add events. One whose id is there changes nothing; one on an unknown product goes to quarantine."""
         for chunk in _chunks(events):
-            rows = [(e.event_id, e.user_id, e.product_id, e.kind, e.at, e.context) for e in chunk]
+            rows = [tuple(getattr(event, name) for name in EVENT_COLUMNS) for event in chunk]
             self.events_frame(pl.DataFrame(rows, schema=EVENT_COLUMNS, orient="row"), file)
 
     def events_frame(self, frame: pl.DataFrame, file: str = "") -> None:
-        """Add events by columns: event_id, user_id, product_id, kind, at (UTC), context, and `line` if it is known.
+        """Add events by columns: event_id, user_id, product_id, kind, at (UTC), context, list_id, and `line` if it is known.
 
         The rows must be valid as `catalog.Event` says; they are not checked again.
         """

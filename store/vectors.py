@@ -356,6 +356,14 @@ class Vectors:
         with self._pool.connection() as connection:
             connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(table_of(release)))
 
+    def exists(self, release: str) -> bool:
+        """Whether the release has a table."""
+        with self._pool.connection() as connection:
+            name = table_of(release).as_string(connection)
+            row = connection.execute("SELECT to_regclass(%s) IS NOT NULL", (name,)).fetchone()
+        assert row is not None
+        return bool(row[0])
+
     def releases(self) -> list[str]:
         """Releases that have a table, sorted."""
         with self._pool.connection() as connection:

@@ -26,7 +26,7 @@ from model_reranker import (
 )
 from model_simcse import ItemTower, ItemTowerConfig, starting_table
 from model_user import UserTower, UserTowerConfig, fill_norms
-from tensors import ItemBatch, RerankBatch, UserBatch
+from tensors import POSITION, ItemBatch, RerankBatch, UserBatch
 from train_simcse import alignment_uniformity, nt_xent
 from vocab import MASK, PAD
 
@@ -382,9 +382,9 @@ def candidates(seed: int = 0, lists: int = 3, count: int = 7) -> RerankBatch:
     )  # fmt: skip
 
 
-def deepfm():
+def deepfm(config: RerankerConfig = RERANKER):
     torch.manual_seed(0)
-    model = build_deepfm(RERANKER)
+    model = build_deepfm(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
@@ -396,6 +396,19 @@ def test_the_fused_forward_equals_deepctr(seed, lists, count):
     model, batch = deepfm(), candidates(seed, lists, count)
     expected = model(deepfm_input(batch)).view(lists, count)
     torch.testing.assert_close(FusedDeepFM(model, RERANKER)(batch), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_with_places_the_fused_forward_is_that_of_every_item_at_the_first():
+    config = replace(RERANKER, item_dense=[*RERANKER.item_dense, POSITION])
+    model, batch = deepfm(config), candidates()
+    fused = FusedDeepFM(model, config)(batch)
+
+    def at(place: float) -> torch.Tensor:
+        position = torch.full(batch.item_dense.shape[:2], math.log(place))
+        return model(deepfm_input(replace(batch, position=position))).view(3, 7)
+
+    torch.testing.assert_close(fused, at(1.0), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(fused, at(7.0), atol=1e-3)
 
 
 def test_the_fused_forward_survives_empty_lists_of_values():

@@ -77,10 +77,10 @@ def test_every_body_has_an_example_and_the_example_works(client):
                 schema = routes["components"]["schemas"][schema["$ref"].rsplit("/", 1)[1]]
             assert schema["examples"], path
             for example in schema["examples"]:
-                answer = client.request(method, path.format(user_id="example", version=1), json=example)
+                answer = client.request(method, path.format(user_id="example", version=1, name="example"), json=example)
                 assert answer.status_code == 200, answer.text
             bodies += 1
-    assert bodies == 7
+    assert bodies == 9
 
 
 def test_an_event_changes_the_next_answer(client):

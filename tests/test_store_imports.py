@@ -34,7 +34,7 @@ def event(user: str, item: str, minutes: int = 0) -> Event:
 
 
 def frame(events: list[Event], **more) -> pl.DataFrame:
-    names = ["event_id", "user_id", "product_id", "kind", "at", "context"]
+    names = ["event_id", "user_id", "product_id", "kind", "at", "context", "list_id"]
     columns = {name: [getattr(event, name) for event in events] for name in names}
     return pl.DataFrame({**columns, **more})
 
@@ -128,8 +128,10 @@ def test_the_event_log_has_its_indexes_after_the_first_import(store):
     run(store, products=[product("p")], events=[event("u", "p")])
     with store.pool.connection() as connection:
         rows = connection.execute("SELECT indexdef FROM pg_indexes WHERE tablename = 'events' ORDER BY 1").fetchall()
-    assert [definition.split(" USING ")[1] for (definition,) in rows] == ["btree (user_id, at)", "btree (event_id)"]
-    assert rows[1][0].startswith("CREATE UNIQUE INDEX events_pkey")
+    assert [definition.split(" USING ")[1] for (definition,) in rows] == [
+        "btree (list_id) WHERE (list_id <> ''::text)", "btree (user_id, at)", "btree (event_id)",
+    ]  # fmt: skip
+    assert rows[2][0].startswith("CREATE UNIQUE INDEX events_pkey")
 
 
 def test_rows_on_unknown_products_are_quarantined_with_their_place(store):

@@ -1,12 +1,27 @@
-"""What the reranker learns from: lists of shoppers with a history and of strangers, weighed alike; and what judges it."""
+"""What the reranker learns from: lists of shoppers with a history and of strangers, weighed alike; lists that were shown; and what
+judges it."""
 
 from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
 
-from train_reranker import Lists
-from train_user import Retrieved
+import train_reranker
+from catalog import Event
+from datasets import sample_shop
+from recommender import Recommender, Request
+from release import ItemEncoder, Release
+from settings import Settings, UserError
+from shop_data import ShopData
+from store import Impression, ShownList, Store
+from text_encoder import TextEncoder
+from train_reranker import Lists, RerankerOptions, place_effect, shown_requests
+from train_user import Retrieved, retrieve, with_kept
+
+SHOWN = 10  # items a list
+LIKED, OTHER = 0.9, 0.4  # how likely an item is taken at the first place; at place p, a p-th of it
 
 
 def lists(known: list[bool], slices: list[int] | None = None) -> Lists:
@@ -14,7 +29,8 @@ def lists(known: list[bool], slices: list[int] | None = None) -> Lists:
     empty = np.zeros((len(known), 1))
     nothing = Retrieved(empty, empty, empty, empty, empty)
     requests = [(user, 0, 0.0) for user in range(len(known))]
-    return Lists(requests, nothing, empty > 0, empty[:, 0], np.array(known), np.array(slices or [0] * len(known)))
+    slice_of = np.array(slices or [0] * len(known))
+    return Lists(requests, nothing, empty > 0, empty[:, 0], np.array(known), slice_of, empty[:, 0], empty)
 
 
 def test_both_kinds_of_shoppers_weigh_the_same_however_many_they_are():
@@ -50,3 +66,193 @@ def test_where_all_asked_at_one_time_a_share_of_the_shoppers_judges():
     # Of one shopper all lists judge, or none.
     one_time.requests[:] = [(number // 2, 0, 0.0) for number in range(10)]
     assert one_time.judging().reshape(5, 2).sum(axis=1).tolist().count(2) == 1
+
+
+# --- lists that were shown --------------------------------------------------------------------------------------------
+
+
+def test_what_is_kept_takes_the_last_places_and_the_order_is_by_score():
+    scores = np.array([5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
+    assert with_kept(np.array([0, 1, 2]), np.array([4]), scores).tolist() == [0, 1, 4]
+    assert with_kept(np.array([0, 1, 2]), np.array([2, 5]), scores).tolist() == [0, 2, 5]
+    assert with_kept(np.array([0, 1, 2]), np.array([5, 4, 3]), scores).tolist() == [3, 4, 5]
+    assert with_kept(np.array([0, 1, 2]), np.array([1]), scores).tolist() == [0, 1, 2]
+
+
+def test_the_effect_of_the_place_is_found_beside_retrievals():
+    """Items are taken by the softmax of their retrieval score and -1.5 times the log of the place; some were not seen."""
+    random, count = np.random.default_rng(0), 4000
+    place = np.tile(np.arange(1, 7), (count, 1))
+    scores = random.normal(size=(count, 6))
+    place[:, 5] = 0
+    chances = np.exp(scores - 1.5 * np.log(np.maximum(place, 1))) * (place > 0)
+    taken = (random.random((count, 1)) > np.cumsum(chances, axis=1) / chances.sum(axis=1, keepdims=True)).sum(axis=1)
+    nothing = np.zeros((count, 6))
+    found = Retrieved(nothing, scores, nothing, nothing, nothing)
+    every, requests, positive = np.arange(count), [(0, 0, 0.0)] * count, np.arange(6) == taken[:, None]
+    own = Lists(requests, found, positive, every, every > 0, every, every, place)
+    assert place_effect(own, every) == pytest.approx(-1.5, abs=0.1)
+    alike = Lists(requests, found, positive, every, every > 0, every, every, place > 0)
+    assert place_effect(alike, every) == 0.0
+
+
+@pytest.fixture(scope="module")
+def shop(new_shop):
+    """A trained shop in whose held-out days lists were shown, mostly with what is liked (dresses and the like) far down."""
+    with new_shop() as settings:
+        with Store.open(settings) as store:
+            show(store, settings, *lists_of(store, settings))
+        yield settings
+
+
+def liked_products(store: Store) -> set[str]:
+    products = store.products.read_features()
+    category = max(
+        (set(product.std["category"]).pop() for product in products if product.std.get("category")),
+        key=lambda value: sum(value in product.std.get("category", ()) for product in products),
+    )
+    return {product.product_id for product in products if category in product.std.get("category", ())}
+
+
+def held_out_since(settings: Settings) -> float:
+    return float(Release.open(settings.models_dir).manifest["user_tower"]["validation_start"])
+
+
+def lists_of(store: Store, settings: Settings) -> tuple[list[Impression], list[Event]]:
+    """A thousand lists and what was taken out of them: what stands first is taken most, and what is liked, were it first."""
+    random = np.random.default_rng(0)
+    liked = liked_products(store)
+    every = {product.product_id for product in store.products.read_features()}
+    groups = [sorted(liked), sorted(every - liked)]
+    users = store.events.read().user_ids
+    start, end = held_out_since(settings), sample_shop.NOW.timestamp() - 3600
+    impressions, events = [], []
+    for number in range(1000):
+        first, last = (groups[1], groups[0]) if random.random() < 0.9 else (groups[0], groups[1])
+        half = SHOWN // 2
+        products = [str(one) for part in (first, last) for one in random.choice(part, half, replace=False)]
+        user, at = users[random.integers(len(users))], datetime.fromtimestamp(random.uniform(start, end), UTC)
+        impressions.append(
+            Impression(
+                f"l{number}", user, "for_you", "", "r", "default", None, None, None, None, at, products, [0.0] * SHOWN,
+                list(range(1, SHOWN + 1)),
+            )
+        )  # fmt: skip
+        events += [
+            Event(user_id=user, product_id=one, kind="click", at=at + timedelta(minutes=place), list_id=f"l{number}")
+            for place, one in enumerate(products, start=1)
+            if random.random() < (LIKED if one in liked else OTHER) / place
+        ]
+    return impressions, events
+
+
+def show(store: Store, settings: Settings, impressions: list[Impression], events: list[Event]) -> None:
+    store.impressions.put(impressions)
+    assert store.events.put(events).stored == len(events)
+
+
+def options(shop: Settings, **given) -> RerankerOptions:
+    return RerankerOptions(**shop.model_dump(), _env_file=None, **given)
+
+
+def advantage(shop: Settings) -> float:
+    """How much higher the release scores what is liked than the rest, for a stranger, in logits."""
+    with Store.open(shop) as store:
+        liked = liked_products(store)
+        recommender = Recommender(store, shop, TextEncoder.load(shop))
+        answer = recommender.recommend(Request(k=100, now=sample_shop.NOW.timestamp()))
+        scores = {item.product_id: item.score for item in answer.items}
+    of_liked = [score for product_id, score in scores.items() if product_id in liked]
+    of_others = [score for product_id, score in scores.items() if product_id not in liked]
+    return float(np.mean(of_liked) - np.mean(of_others))
+
+
+def test_what_is_liked_wins_though_it_was_shown_low_and_clicked_less(shop, capsys, monkeypatch):
+    with Store.open(shop) as store:
+        _, events = lists_of(store, shop)
+        liked = liked_products(store)
+    of_liked = sum(event.product_id in liked for event in events)
+    assert of_liked < len(events) - of_liked  # half of what was shown is liked, and less than half of the clicks
+    before = advantage(shop)
+    learn = {"impressions": "on", "epochs": 6, "learning_rate": 3e-3, "patience": 6}
+    train_reranker.main(options(shop, **learn))
+    assert "impressions: used, " in capsys.readouterr().out
+    manifest = Release.open(shop.models_dir).manifest["reranker"]
+    assert manifest["impressions"]["lists"] > 500
+    assert manifest["config"]["item_dense"][-1] == "position"
+    with_places = advantage(shop)
+    monkeypatch.setattr(train_reranker, "POSITION_DROPOUT", 1.0)
+    train_reranker.main(options(shop, **learn))
+    without = advantage(shop)
+    assert with_places > before + 0.1
+    assert without < before
+
+
+def test_few_lists_are_not_used_and_it_is_said(shop, capsys):
+    train_reranker.main(options(shop, epochs=1))
+    said = capsys.readouterr().out
+    assert "impressions: not used, " in said
+    assert "fewer than 1000 (--min-clicked-lists)" in said
+    manifest = Release.open(shop.models_dir).manifest["reranker"]
+    assert manifest["impressions"]["lists"] == 0
+    assert "fewer than 1000" in manifest["impressions"]["why"]
+    assert "position" not in manifest["config"]["item_dense"]
+
+
+def test_where_nothing_was_shown_learning_from_it_is_refused(new_shop):
+    with new_shop() as shop, pytest.raises(UserError, match="no list with something taken out of it was logged"):
+        train_reranker.main(options(shop, impressions="on"))
+
+
+def test_a_shown_list_is_a_request_with_what_was_seen_among_its_candidates(shop):
+    with Store.open(shop) as store:
+        release = Release.open(shop.models_dir)
+        encoder = ItemEncoder(release, TextEncoder.load(shop))
+        data = ShopData.load(store, encoder, release.manifest["user_tower"]["popularity_windows"])
+    ids, start = data.items.product_ids, held_out_since(shop)
+    user = data.histories.user_ids[3]
+    met = int(data.histories.item[data.histories.starts[3]])
+
+    def shown(seen: list[int] | None, taken: list[str], products: list[str] | None = None) -> ShownList:
+        return ShownList(user, "", start + 10.0, products or [ids[0], "gone", ids[met], ids[5]], seen, taken)
+
+    given = [
+        shown(None, [ids[5]]),
+        shown([1, 2], [ids[5]]),  # what was taken was seen
+        shown([4], [ids[5]]),  # nothing seen but what was taken: no choice
+        shown(None, ["gone"]),  # nor where what was taken is no more
+        ShownList("stranger", "", start, [ids[0], ids[1]], None, [ids[0]]),
+    ]
+    requests, seen, places = shown_requests(data, given, start, 100)
+    assert requests.users.tolist() == [3, 3]
+    assert [rows.tolist() for rows in seen] == [[0, met, 5], [0, 5]]
+    assert [one.tolist() for one in places] == [[1, 3, 4], [1, 4]]
+    assert [answer.tolist() for answer in requests.answers] == [[5], [5]]
+    # A shopper may be shown what they met, and it then is a candidate with a score like others.
+    tower = release.aligned_user_tower(ids, "user_tower_holdout.pth")
+    profiles = release.profile_scaler().transform(data.profiles)
+    found = retrieve(tower, data, data.links(start), requests, profiles, 10, 5, kept=seen)
+    for row, kept in zip(found.rows, seen, strict=True):
+        assert set(kept) <= set(row)
+        assert len(set(row)) == 5
+    assert np.isfinite(found.scores).all()
+    assert (np.diff(found.scores, axis=1) <= 0).all()
+
+
+def test_histories_of_many_moments_are_those_of_each(shop):
+    with Store.open(shop) as store:
+        release = Release.open(shop.models_dir)
+        encoder = ItemEncoder(release, TextEncoder.load(shop))
+        data = ShopData.load(store, encoder, release.manifest["user_tower"]["popularity_windows"])
+    histories = data.histories
+    users = np.arange(0, len(histories.user_ids), 3)
+    # Exactly at an event, which is no history of itself, and before and after all of them.
+    moments = histories.at[(histories.starts[users] + histories.starts[users + 1]) // 2]
+    moments[:2] = 0.0, np.inf
+    together = data.history_as_of(users, moments, 10)
+    for row, (user, moment) in enumerate(zip(users, moments, strict=True)):
+        own = np.arange(histories.starts[user], histories.starts[user + 1])
+        expected = own[histories.at[own] < moment][-10:]
+        assert together.index[row][together.mask[row]].tolist() == expected.tolist()
+        alone = data.history_as_of(np.array([user]), float(moment), 10)
+        assert alone.index[alone.mask].tolist() == expected.tolist()
