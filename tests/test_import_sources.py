@@ -31,7 +31,7 @@ def rejected(found):
 
 
 def events(source):
-    return pl.concat(accepted(source.events)).drop("event_id", "line").sort(pl.all()).rows()
+    return pl.concat(accepted(source.events)).drop("event_id", "line", "list_id").sort(pl.all()).rows()
 
 
 def write_lines(file: Path, rows):
