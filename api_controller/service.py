@@ -81,6 +81,7 @@ class Service:
                 self.reader = LexiconReader(Lexicon.load(LEXICON))
                 self.recommender = pipeline.Recommender(self.store, self.settings, encoder)
         self.recommender.live()
+        self.running_experiment()  # known before the first request
 
     def check(self) -> str:
         """Why nothing can be answered; empty when ready. Retries what was missing."""
