@@ -5,6 +5,7 @@
 
 An item's row is `[unit vector ; popularity coordinates ; collaborative coordinates]`, with its links to other items beside it. The
 release goes live only when every check passes; the one that was live serves until then, and its vectors stay for a way back.
+Exit code 3: it is indexed, but worse than the live one, which stays.
 """
 
 from __future__ import annotations
@@ -42,6 +43,12 @@ class IndexOptions(Settings):
     margin: float = Field(0.1, ge=0, le=1, description="how much worse than the live release validation may be")
     hnsw_m: int = Field(16, ge=4, le=100, description="links of an HNSW node")
     ef_construction: int = Field(64, ge=8, le=1000, description="candidates while an HNSW node is linked")
+
+
+class WorseError(UserError):
+    """The release that is live validated better; it stays."""
+
+    exit_code = 3
 
 
 def index_rows(shop: ShopData, release: Release) -> tuple[np.ndarray, float]:
@@ -104,7 +111,7 @@ def search_width(
 
 
 def check_not_worse(release: Release, options: IndexOptions) -> None:
-    """Raises UserError when the live release validated better than this one by more than the margin."""
+    """Raises WorseError when the live release validated better than this one by more than the margin."""
     live = Release.current(options.models_dir)
     if live is None or live == release.name or live not in Release.names(options.models_dir):
         return
@@ -112,7 +119,7 @@ def check_not_worse(release: Release, options: IndexOptions) -> None:
     for part in ("user_tower", "reranker"):
         old, new = before[part]["report"], release.manifest[part]["report"]
         if old["metric"] == new["metric"] and new["best"] < old["best"] * (1.0 - options.margin):
-            raise UserError(
+            raise WorseError(
                 f"release {release.name} is worse than the live {live}: {part} {new['metric']} {new['best']:.4f} against "
                 f"{old['best']:.4f}; it stays as it is, indexed but not live (--margin {options.margin} decides)"
             )

@@ -47,6 +47,7 @@ MAX_RELEASES = 3  # loaded at once beside the live one
 # For so long after a release could not be used nobody tries again: reading it takes seconds.
 DAMAGED_SECONDS = 30.0
 AWAY_SECONDS = 1.0  # for so long after a failure nobody waits for a database that is known to be away
+INDEX_BATCH = 500  # products embedded and indexed at once when catching up
 # Lifts items that nobody met yet above all others in a search for them: more than scores ever differ, and not so much that
 # single precision loses their order.
 NEW_LIFT = 1000.0
@@ -180,8 +181,10 @@ class LoadedRelease:
 class Recommender:
     """Answers requests with the live release. Safe to call from several threads."""
 
-    def __init__(self, store: Store, settings: Settings, text_encoder: TextEncoder) -> None:
+    def __init__(self, store: Store, settings: Settings, text_encoder: TextEncoder, release: str = "") -> None:
+        """`release`: the one to answer with, whatever is live; empty follows the live one."""
         self.store, self.settings, self.text_encoder = store, settings, text_encoder
+        self._release = release
         self._lock = threading.RLock()  # warming up a release may learn its words
         self._loaded: LoadedRelease | None = None
         self._others: dict[str, LoadedRelease] = {}  # named by requests, the one used last at the end
@@ -195,7 +198,7 @@ class Recommender:
     # ---------------------------------------------------------------------------------------------------------- releases
     def live(self) -> LoadedRelease:
         """The live release, reloaded when the pointer has moved. Raises UnavailableError when nothing is live."""
-        name = Release.current(self.settings.models_dir)
+        name = self._release or Release.current(self.settings.models_dir)
         loaded = self._loaded
         if loaded is not None and loaded.name == name:
             return loaded
@@ -575,6 +578,15 @@ class Recommender:
             if not warnings:
                 self.index(beside, [extraction.product for extraction in extractions])
         return rejected
+
+    def catch_up(self) -> int:
+        """Index the products of which the live release has no vector, since they came while another one was live: after the way
+        back to an older one. How many they were."""
+        loaded = self.live()
+        missing = self.store.vectors.missing(loaded.name)
+        for start in range(0, len(missing), INDEX_BATCH):
+            self.index(loaded, self.store.products.read_features(missing[start : start + INDEX_BATCH]))
+        return len(missing)
 
     def index(self, loaded: LoadedRelease, products: Sequence[Product]) -> None:
         """Embed products and put their rows into a release: searches find them at once."""

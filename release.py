@@ -2,25 +2,38 @@
 
 Item vectors belong to the encoder that made them, so these parts never mix. A release is a folder in `saved_models/`; the
 training scripts fill it, `build_index.py` completes it, and the file `saved_models/current` names the live one. Changing that
-file (atomically) is what makes a release live or rolls it back; API workers notice without a restart.
+file (atomically) is what makes a release live or rolls it back; API workers notice without a restart. Machines that serve one shop
+share the folder.
+
+    python release.py list
+    python release.py promote 20260101-120000
+    python release.py rollback                 # to what was live before
+    python release.py delete 20260101-120000   # its folder and its vectors
+
+What was live before stands in `saved_models/promotions.jsonl`, beside the pointer and written by whoever moves it, so that the two
+cannot be of different minds.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import torch
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -28,16 +41,19 @@ from catalog import FeatureSchema, Product
 from model_reranker import FusedDeepFM, RerankerConfig, build_deepfm
 from model_simcse import ItemTower, ItemTowerConfig
 from model_user import UserTower, UserTowerConfig
-from settings import UserError
+from settings import Settings, UserError, run_script
 from tensors import ItemFeatures, ItemLayout, ProfileScaler, distinct, item_features
 from vocab import ReVocab, StdVocab
 
 if TYPE_CHECKING:
+    from store import Store
     from text_encoder import TextEncoder
 
 ENCODER, USER_TOWER, RERANKER = "encoder_stage1.pth", "user_tower.pth", "reranker_deepfm.pth"
 # The user tower before its last fit on all data: the reranker learns from lists that its training targets never shaped.
 USER_TOWER_HOLDOUT = "user_tower_holdout.pth"
+PARTS = ("item_tower", "user_tower", "reranker", "index")  # of a complete release, in the order in which they are made
+PROMOTIONS = "promotions.jsonl"
 
 # A checkpoint is refused beyond this size before a byte of it is read.
 MAX_CHECKPOINT_BYTES = 8 * 2**30
@@ -107,19 +123,44 @@ class Release:
         except FileNotFoundError:
             return None
 
-    def check_complete(self) -> None:
-        """Raises UserError unless the release has every part that answering takes."""
-        missing = [part for part in ("item_tower", "user_tower", "reranker", "index") if part not in self.manifest]
+    @classmethod
+    def past(cls, models_dir: Path) -> list[str]:
+        """What was live, oldest first, the live one last. A rollback takes what it left behind out of the past."""
+        past: list[str] = []
+        with suppress(FileNotFoundError):
+            for line in (models_dir / PROMOTIONS).read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError, KeyError, TypeError):  # a line that a full disk cut short
+                    entry = json.loads(line)
+                    if entry["back"]:
+                        while past and past[-1] != entry["release"]:
+                            past.pop()
+                    if past[-1:] != [entry["release"]]:
+                        past.append(entry["release"])
+        current = cls.current(models_dir)
+        return past if current is None or past[-1:] == [current] else [*past, current]
+
+    @classmethod
+    def previous(cls, models_dir: Path) -> str | None:
+        """The release that was live before the live one, of those that still exist."""
+        existing = {*cls.names(models_dir)} - {cls.current(models_dir)}
+        return next((name for name in reversed(cls.past(models_dir)) if name in existing), None)
+
+    def make_live(self, back: bool = False) -> None:
+        """Point `current` here, in one atomic step, as a promotion or the way `back`. Raises UserError unless the release is
+        complete."""
+        missing = [part for part in PARTS if part not in self.manifest]
         if missing:
             raise UserError(f"release {self.name} is not complete (missing: {', '.join(missing)}); it cannot go live")
-
-    def make_live(self) -> None:
-        """Point `current` here, in one atomic step. Raises UserError unless the release is complete."""
-        self.check_complete()
-        pointer = self.folder.parent / "current"
+        models_dir = self.folder.parent
+        pointer = models_dir / "current"
         temporary = pointer.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(self.name + "\n", encoding="utf-8")
-        os.replace(temporary, pointer)
+        with _promotions(models_dir) as log:
+            before = self.current(models_dir)
+            if before is not None and not log.tell():  # the first entry: what was live before it counts as well
+                log.write(_promotion(before, back=False))
+            temporary.write_text(self.name + "\n", encoding="utf-8")
+            os.replace(temporary, pointer)
+            log.write(_promotion(self.name, back))
 
     # ------------------------------------------------------------------------------------------------------- save, load
     def save_manifest(self) -> None:
@@ -157,6 +198,15 @@ class Release:
         if (key := _not_finite(state)) is not None:
             raise UserError(f"{path} cannot be used: {key!r} is not finite; {MEND}")
         model.eval()
+
+    def check_files(self) -> None:
+        """Raises UserError when a weight file is missing or not the one this release was made with."""
+        for file, sha256 in self.manifest.get("files", {}).items():
+            path = self.folder / file
+            if not path.exists() or _sha256(path) != sha256:
+                raise UserError(
+                    f"{path} is missing or not the file this release was made with (sha256 differs); {MEND}"
+                )
 
     def save_vocabularies(self, schema: FeatureSchema, std: StdVocab, re_vocab: ReVocab) -> None:
         (self.folder / "schema.json").write_text(schema.model_dump_json(indent=1), encoding="utf-8")
@@ -296,6 +346,101 @@ def catalogue_features(
     return item_features(products, std_vocab, re_vocab, layout, text_encoder.cached_tokens(titles), title_of)
 
 
+def promote(store: Store, models_dir: Path, name: str, back: bool = False) -> None:
+    """Make a release live, as a promotion or on the way `back`. Raises UserError, and changes nothing, unless it is there,
+    complete, undamaged and indexed in this database."""
+    release = Release.open(models_dir, name)
+    release.check_files()
+    if not store.vectors.holds_rows(name):
+        raise UserError(f"release {name} has no vectors in this database; run build_index.py --release {name}")
+    release.make_live(back)
+
+
+def rollback(store: Store, models_dir: Path) -> str:
+    """Make live what was live before; returns its name. Raises UserError when there is nothing to go back to."""
+    name = Release.previous(models_dir)
+    if name is None:
+        raise UserError("there is no release that was live before this one; promote one by its name")
+    promote(store, models_dir, name, back=True)
+    return name
+
+
+def delete(store: Store, models_dir: Path, name: str) -> None:
+    """Remove a release: its vectors, what the database knows of it, and its folder. Raises UserError when it is live or not there.
+
+    May be repeated when it was interrupted.
+    """
+    folder = models_dir / name
+    if not _NAME.fullmatch(name) or not folder.is_dir():
+        Release.open(models_dir, name or "''")  # says which there are
+    with _promotions(models_dir):  # nobody makes it live meanwhile
+        if Release.current(models_dir) == name:
+            raise UserError(f"release {name} is live; promote another one first")
+        if name in store.vectors.releases():
+            store.vectors.drop(name)
+        store.releases.delete(name)
+        shutil.rmtree(folder)
+
+
+def report_metrics(manifest: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """What each part's training said of its best epoch, on what it held out."""
+    reports = {part: manifest[part]["report"] for part in PARTS if "report" in manifest.get(part, {})}
+    return {part: {report["metric"]: report["best"]} for part, report in reports.items()}
+
+
+class ReleaseOptions(Settings):
+    """List releases, make one live, go back to the one before, delete one."""
+
+    action: CliPositionalArg[Literal["list", "promote", "rollback", "delete"]] = Field(description="what to do")
+    name: CliPositionalArg[str] = Field("", description="promote, delete: the release")
+
+
+def main(options: ReleaseOptions) -> None:
+    from recommender import Recommender  # these know this file
+    from store import Store
+    from text_encoder import TextEncoder
+
+    models_dir = options.models_dir
+    if options.action == "list":
+        live = Release.current(models_dir)
+        for name in Release.names(models_dir):
+            manifest = Release.open(models_dir, name).manifest
+            metrics = [
+                f"{key} {value:.4f}" for part in report_metrics(manifest).values() for key, value in part.items()
+            ]
+            state = "live" if name == live else "" if PARTS[-1] in manifest else "incomplete"
+            print(f"{name:20} {state:10} {'  '.join(metrics)}")
+        return
+    if options.action != "rollback" and not options.name:
+        raise UserError(f"{options.action} needs the name of a release; release.py list shows them")
+    with Store.open(options) as store:
+        if options.action == "delete":
+            delete(store, models_dir, options.name)
+            print(f"release {options.name} is deleted")
+            return
+        if options.action == "promote":
+            promote(store, models_dir, options.name)
+        else:
+            rollback(store, models_dir)
+        print(f"release {Release.current(models_dir)} is live")
+        count = Recommender(store, options, TextEncoder.load(options)).catch_up()
+        if count:
+            print(f"{count} products that came while another one was live are indexed too")
+
+
+@contextmanager
+def _promotions(models_dir: Path) -> Iterator[IO[str]]:
+    """The log of promotions, to append to, held by one process at a time."""
+    with (models_dir / PROMOTIONS).open("a", encoding="utf-8") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        log.seek(0, os.SEEK_END)
+        yield log
+
+
+def _promotion(name: str, back: bool) -> str:
+    return json.dumps({"release": name, "back": back, "at": datetime.now(UTC).isoformat(timespec="seconds")}) + "\n"
+
+
 def _manifest(path: Path) -> dict[str, Any]:
     manifest = json.loads(path.read_bytes())
     if not isinstance(manifest, dict) or "created_at" not in manifest:
@@ -314,3 +459,7 @@ def _not_finite(state: Mapping[str, Tensor]) -> str | None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    run_script(ReleaseOptions, main)

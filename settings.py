@@ -20,6 +20,8 @@ from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsC
 class UserError(Exception):
     """Something the person at the keyboard can mend. The message says what was wrong, where, and what to do."""
 
+    exit_code = 2  # of a script that ends with it
+
 
 class Settings(BaseSettings):
     """What every part of the system shares."""
@@ -60,6 +62,15 @@ class ServiceSettings(Settings):
     impression_retention_days: int = Field(
         90, ge=0, le=36_500, description="days after which a logged list is deleted; 0 keeps all"
     )
+    rate_limit: float = Field(
+        0.0, ge=0, le=1e6, description="requests a second of one key, or of one address without keys; 0 is no limit"
+    )
+    rate_burst: int = Field(20, ge=1, description="requests at once before RATE_LIMIT holds")
+    cors_origins: str = Field(
+        "",
+        pattern=r"^(\*|(https?://[^\s/,*]+)(\s*,\s*https?://[^\s/,*]+)*)?$",
+        description="whose pages may call from a browser: https://shop.example, with commas between several; * is everybody's",
+    )
 
 
 Options = TypeVar("Options", bound=Settings)
@@ -68,7 +79,8 @@ Options = TypeVar("Options", bound=Settings)
 def run_script(options_type: type[Options], main: Callable[[Options], None]) -> None:
     """Parse the command line into `options_type`, run `main`, and turn what a person can mend into one line.
 
-    Exit codes: 0 done, 2 a bad option or missing input (one line on stderr), 130 interrupted.
+    Exit codes: 0 done, 2 a bad option or missing input (one line on stderr), 130 interrupted; others where a `UserError` of
+    another kind says so.
     """
     script = Path(sys.argv[0]).name
     options_type.__doc__ = inspect.cleandoc(options_type.__doc__ or "")  # shown by --help as it stands
@@ -91,11 +103,11 @@ def run_script(options_type: type[Options], main: Callable[[Options], None]) -> 
     try:
         main(options)
     except UserError as error:
-        _stop(script, str(error))
+        _stop(script, str(error), error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _stop(script: str, message: str) -> NoReturn:
+def _stop(script: str, message: str, exit_code: int = 2) -> NoReturn:
     print(f"{script}: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(exit_code)

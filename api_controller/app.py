@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,10 +18,12 @@ from contextlib import asynccontextmanager
 import torch
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from api_controller import experiments, goods, impressions, lists, rules, shoppers
+from api_controller import experiments, goods, impressions, lists, releases, rules, shoppers
+from api_controller.access import ADMIN, OPEN, told_to_listen
 from api_controller.limits import BodyLimit
 from api_controller.schemas import Health
 from api_controller.service import Service, ServiceDep, get_service
@@ -27,19 +31,23 @@ from release import Release
 from settings import ServiceSettings
 
 log = logging.getLogger("styletower")
+settings = ServiceSettings()
 
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     torch.set_num_threads(1)  # two threads beside another busy process make a 1.5 ms forward take 10 to 48
-    service = Service(ServiceSettings())
+    service = Service(settings)
     app.state.service = service
+    service.access.notice([told_to_listen(sys.argv, os.environ)])
     service.problem = service.check()  # before the first request: whatever it waits for, nobody waits behind it
     if service.problem:
         log.warning("not ready: %s", service.problem)
-    trying = asyncio.create_task(service.keep_trying())
+    service.access.refresh(service.store)
+    tasks = [asyncio.create_task(task) for task in (service.keep_trying(), service.watch_keys())]
     yield
-    trying.cancel()
+    for task in tasks:
+        task.cancel()
     service.close()
 
 
@@ -52,6 +60,7 @@ async def account(request: Request, call_next: Callable[[Request], Awaitable[Res
     """Count and log each request; an unexpected error is a 500 with an id to look for in the log, never a trace."""
     request_id = request.headers.get("x-request-id", "")[:64] or uuid.uuid4().hex[:12]
     started = time.perf_counter()
+    get_service(request).access.notice_request(request.scope)
     try:
         response = await call_next(request)
     except Exception:
@@ -65,6 +74,16 @@ async def account(request: Request, call_next: Callable[[Request], Awaitable[Res
     return response
 
 
+# Outermost, so that refusals reach the page as what they are.
+app.add_middleware(
+    CORSMiddleware,
+    allow_origins=[origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()],
+    allow_methods=["*"],
+    allow_headers=["*"],
+    expose_headers=["X-Request-ID", "Retry-After"],
+)
+
+
 @app.exception_handler(RequestValidationError)
 async def invalid(request: Request, error: Exception) -> JSONResponse:
     """422 with the field and the reason. The bad value itself is left out: NaN is no JSON."""
@@ -73,28 +92,29 @@ async def invalid(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": detail}, status_code=422)
 
 
-@app.get("/")
+@app.get("/", dependencies=[OPEN])
 async def root(service: ServiceDep) -> dict[str, str | None]:
     return {"name": "StyleTower", "release": Release.current(service.settings.models_dir), "docs": "/docs"}
 
 
-@app.get("/health")
+@app.get("/health", dependencies=[OPEN])
 async def health() -> Health:
     """The process lives."""
     return Health(status="ok")
 
 
-@app.get("/ready", responses={503: {"model": Health}})
+@app.get("/ready", dependencies=[OPEN], responses={503: {"model": Health}})
 async def ready(service: ServiceDep, response: Response) -> Health:
     """Requests can be answered: database there, release loaded and warm."""
     service.problem = await service.run(service.check)
+    warnings = [service.access.warning] if service.access.warning else []
     if service.problem:
         response.status_code = 503
-        return Health(status="not ready", reason=service.problem)
-    return Health(status="ready", release=Release.current(service.settings.models_dir))
+        return Health(status="not ready", reason=service.problem, warnings=warnings)
+    return Health(status="ready", release=Release.current(service.settings.models_dir), warnings=warnings)
 
 
-@app.get("/metrics")
+@app.get("/metrics", dependencies=[ADMIN])
 async def metrics(service: ServiceDep) -> Response:
     """Prometheus."""
     service.live.clear()
@@ -104,5 +124,5 @@ async def metrics(service: ServiceDep) -> Response:
     return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-for routes in (lists, goods, shoppers, rules, impressions, experiments):
+for routes in (lists, goods, shoppers, rules, impressions, experiments, releases):
     app.include_router(routes.router)

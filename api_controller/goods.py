@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, HTTPException
 
+from api_controller.access import ADMIN, PUBLIC
 from api_controller.schemas import EvidenceBody, ProductAnswer, ProductId, ProductsAnswer
 from api_controller.service import ServiceDep, listed
 from catalog import RawProduct
@@ -17,7 +18,7 @@ PRODUCT_EXAMPLE: list[Any] = [
 ]
 
 
-@router.get("/items/{product_id}")
+@router.get("/items/{product_id}", dependencies=[PUBLIC])
 async def item(product_id: ProductId, service: ServiceDep) -> ProductAnswer:
     store, _ = service.parts()
     stored = await service.run(lambda: store.products.get(product_id))
@@ -31,7 +32,7 @@ async def item(product_id: ProductId, service: ServiceDep) -> ProductAnswer:
     )  # fmt: skip
 
 
-@router.put("/products")
+@router.put("/products", dependencies=[ADMIN])
 async def products(
     body: Annotated[RawProduct | list[RawProduct], Body(examples=PRODUCT_EXAMPLE)], service: ServiceDep
 ) -> ProductsAnswer:

@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, HTTPException, Query
 
 import recommender as pipeline
+from api_controller.access import PUBLIC
 from api_controller.experiments import Assignment, assign, log_list
 from api_controller.rules import check
 from api_controller.schemas import (
@@ -33,7 +34,7 @@ router = APIRouter(tags=["lists"])
 TRIED = "tried"  # the name of rules that came with the request
 
 
-@router.post("/recommend")
+@router.post("/recommend", dependencies=[PUBLIC])
 async def recommend(body: RecommendBody, service: ServiceDep) -> RecommendAnswer:
     """A ranked list for a shopper, a context, a body, or nobody at all; or of another `kind`: like a product, for a cart, what is
     trending, what to buy again."""
@@ -147,7 +148,7 @@ def _known_values(recommender: pipeline.Recommender, part: str, std: dict[str, l
     return found
 
 
-@router.get("/items/{product_id}/similar")
+@router.get("/items/{product_id}/similar", dependencies=[PUBLIC])
 async def similar(
     product_id: ProductId, service: ServiceDep, k: Annotated[int, Query(ge=1, le=100)] = 20
 ) -> list[NeighbourBody]:

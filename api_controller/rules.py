@@ -6,6 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, HTTPException, Path
 
+from api_controller.access import ADMIN
 from api_controller.schemas import (
     RulesAnswer,
     RulesBody,
@@ -25,7 +26,7 @@ from settings import UserError
 from store import Store
 from vocab import normalise
 
-router = APIRouter(prefix="/rules", tags=["rules"])
+router = APIRouter(prefix="/rules", tags=["rules"], dependencies=[ADMIN])
 
 MAX_VERSION = 2**31 - 1
 Version = Annotated[int, Path(ge=1, le=MAX_VERSION)]

@@ -17,6 +17,9 @@ MAX_K = 100
 MAX_LIST = 1000
 
 ProductId = Annotated[Identifier, Path(description="the shop's own product id")]
+ReleaseName = Annotated[
+    str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$", description="a release's name, as GET /releases shows it")
+]
 UserId = Annotated[Identifier, Path(description="the shop's own shopper id")]
 ExperimentName = Annotated[Identifier, Path(description="what the experiment is called")]
 
@@ -281,6 +284,16 @@ class Health(BaseModel):
     status: str
     release: str | None = None
     reason: str | None = None
+    warnings: list[str] = []
+
+
+class ReleaseAnswer(BaseModel):
+    name: str
+    created_at: str
+    parts: list[str]  # "item_tower", "user_tower", "reranker", "index": those that are finished
+    metrics: dict[str, dict[str, float]]  # of each part, on the days or items it held out
+    items: int | None  # in its index
+    live: bool
 
 
 class ViewBody(BaseModel):

@@ -16,6 +16,7 @@ from fastapi import Depends, HTTPException, Request
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 import recommender as pipeline
+from api_controller.access import KEY_SECONDS, Access
 from api_controller.impression_log import ImpressionLog
 from api_controller.schemas import MAX_LIST
 from experiments import Experiment
@@ -69,6 +70,8 @@ class Service:
             ["experiment", "arm"], registry=self.registry,
         )  # fmt: skip
         self.live = Gauge("styletower_live_release", "1 for the live release", ["release"], registry=self.registry)
+        self.promotions = Counter("styletower_promotions", "Releases made live over HTTP", registry=self.registry)
+        self.access = Access(self.registry, settings.rate_limit, settings.rate_burst)
 
     def open(self) -> None:
         """Everything a request needs. Raises UserError or UnavailableError while something is missing; call again."""
@@ -105,6 +108,12 @@ class Service:
         for effect in effects:
             self.rule_removals.labels(effect.kind).inc(effect.removed)
             self.rule_moves.labels(effect.kind).inc(effect.moved)
+
+    async def watch_keys(self) -> None:
+        """In a thread of its own: a busy pipeline must not keep a revoked key in force."""
+        while True:
+            await asyncio.to_thread(self.access.refresh, self.store)
+            await asyncio.sleep(KEY_SECONDS)
 
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body
 
+from api_controller.access import ADMIN, PUBLIC
 from api_controller.schemas import EventsAnswer, ProfileBody, UserId
 from api_controller.service import ServiceDep, listed
 from catalog import Event, User
@@ -17,7 +18,7 @@ EVENT_EXAMPLE: list[Any] = [
 ]
 
 
-@router.post("/events")
+@router.post("/events", dependencies=[PUBLIC])
 async def events(
     body: Annotated[Event | list[Event], Body(examples=EVENT_EXAMPLE)], service: ServiceDep
 ) -> EventsAnswer:
@@ -28,7 +29,7 @@ async def events(
     return EventsAnswer(stored=put.stored, duplicates=put.duplicates, unknown_products=put.unknown_products)
 
 
-@router.put("/users/{user_id}")
+@router.put("/users/{user_id}", dependencies=[ADMIN])
 async def user(user_id: UserId, body: ProfileBody, service: ServiceDep) -> User:
     """Set a shopper's profile; what was there before is replaced."""
     store, _ = service.parts()

@@ -6,6 +6,7 @@ from store.database import Store
 from store.events import EventLog, Purchases, PutEvents
 from store.imports import Counts, ImportReport, ImportSession
 from store.impressions import Impression, ShownList
+from store.keys import ApiKey
 from store.products import Commerce, StoredProduct
 from store.quarantine import QuarantinedRow
 from store.releases import RecordedRelease
@@ -16,6 +17,7 @@ from store.vectors import EXACT_LIMIT, Filters, Found, Hide, History, ItemRows
 __all__ = [
     "EXACT_LIMIT",
     "Alias",
+    "ApiKey",
     "Applied",
     "Commerce",
     "Counts",

@@ -26,6 +26,7 @@ from store.events import Events
 from store.experiments import Experiments
 from store.imports import ImportSession
 from store.impressions import Impressions
+from store.keys import Keys
 from store.products import Products
 from store.quarantine import Quarantine
 from store.releases import Releases
@@ -72,6 +73,7 @@ class Store:
         self.rules = Rules(self.pool)
         self.impressions = Impressions(self.pool)
         self.experiments = Experiments(self.pool)
+        self.keys = Keys(self.pool)
 
     @classmethod
     def open(cls, settings: Settings, statement_seconds: float | None = None) -> Store:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+import psycopg
 from psycopg import Connection
 from psycopg.rows import class_row
 from psycopg_pool import ConnectionPool
 
+RETRAIN_LOCK = 0x5354_0008  # key of the advisory lock that lets one process retrain at a time
 WORDS_LOCK = 0x5354_0003  # first key of the advisory lock that lets one process add words to a release at a time
 
 
@@ -45,6 +48,19 @@ class Releases:
         with self._pool.connection() as connection, connection.transaction():
             connection.execute("DELETE FROM release_words WHERE release = %s", (name,))
             connection.execute("DELETE FROM releases WHERE name = %s", (name,))
+
+    @contextmanager
+    def retraining(self) -> Iterator[bool]:
+        """Holds the lock of retraining for the length of a `with` block; False when another process holds it. It ends with the
+        connection, so a process that is killed leaves nothing locked."""
+        with self._pool.connection() as connection:
+            row = connection.execute("SELECT pg_try_advisory_lock(%s)", (RETRAIN_LOCK,)).fetchone()
+            assert row is not None
+            try:
+                yield row[0]
+            finally:
+                with suppress(psycopg.OperationalError):  # a connection that is gone holds no lock
+                    connection.execute("SELECT pg_advisory_unlock(%s)", (RETRAIN_LOCK,))
 
     def words(self, release: str) -> dict[tuple[str, str], int]:
         """The ids of the (field, value) words that came after training, in the order of ids."""

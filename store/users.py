@@ -91,6 +91,14 @@ class Users:
             row = connection.execute("SELECT profile FROM users WHERE user_id = %s", (user_id,)).fetchone()
         return None if row is None else User(user_id=user_id, profile=row[0])
 
+    def read_ids(self) -> list[str]:
+        """Everybody who has a profile or an event, in the order of ids."""
+        with self._pool.connection() as connection:
+            rows = connection.execute(
+                "SELECT user_id FROM users UNION SELECT user_id FROM events ORDER BY user_id"
+            ).fetchall()
+        return [user_id for (user_id,) in rows]
+
     def read_profiles(self) -> dict[str, dict[str, float]]:
         """The profile of every user that has one, by user id, in the order of ids."""
         with self._pool.connection() as connection:

@@ -350,6 +350,24 @@ class Vectors:
         assert row is not None
         return int(row[0])
 
+    def holds_rows(self, release: str) -> bool:
+        """The release has a table of vectors, and something in it."""
+        if release not in self.releases():
+            return False
+        with self._pool.connection() as connection:
+            row = connection.execute(sql.SQL("SELECT EXISTS (SELECT FROM {})").format(table_of(release))).fetchone()
+        assert row is not None
+        return bool(row[0])
+
+    def missing(self, release: str) -> list[str]:
+        """Products that have features and no vector in the release, in the order of ids."""
+        query = sql.SQL(
+            "SELECT product_id FROM products WHERE std IS NOT NULL"
+            " AND NOT EXISTS (SELECT FROM {} AS v WHERE v.product_id = products.product_id) ORDER BY product_id"
+        ).format(table_of(release))
+        with self._pool.connection() as connection:
+            return [product_id for (product_id,) in connection.execute(query).fetchall()]
+
     def drop(self, release: str) -> None:
         """Remove the release's vectors, if it has any."""
         self._indexed.discard(release)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 
 import release as releases
 from catalog import FeatureSchema
-from release import USER_TOWER, Release
+from release import PARTS, PROMOTIONS, USER_TOWER, Release
 from settings import UserError
 from vocab import ReVocab, StdVocab
 
@@ -144,3 +145,56 @@ def test_releases_are_listed_by_age(tmp_path):
     assert Release.names(tmp_path) == ["c", "b", "a"]
     assert Release.open(tmp_path).name == "a"
     assert json.loads((tmp_path / "a/manifest.json").read_text())["name"] == "a"
+
+
+# --- what was live ----------------------------------------------------------------------------------------------------
+
+
+def complete(models_dir: Path, name: str) -> Release:
+    release = Release.create(models_dir, name)
+    for part in PARTS:
+        release.record(part)
+    return release
+
+
+def test_the_way_back_goes_one_release_further_each_time(tmp_path):
+    for name in ("a", "b", "c"):
+        complete(tmp_path, name).make_live()
+    assert Release.past(tmp_path) == ["a", "b", "c"]
+    Release.open(tmp_path, "b").make_live(back=True)
+    assert (Release.current(tmp_path), Release.past(tmp_path), Release.previous(tmp_path)) == ("b", ["a", "b"], "a")
+    Release.open(tmp_path, "a").make_live(back=True)
+    assert Release.previous(tmp_path) is None
+    complete(tmp_path, "d").make_live()
+    assert Release.previous(tmp_path) == "a"
+
+
+def test_a_release_that_was_deleted_is_passed_over_on_the_way_back(tmp_path):
+    for name in ("a", "b", "c"):
+        complete(tmp_path, name).make_live()
+    shutil.rmtree(tmp_path / "b")
+    assert Release.previous(tmp_path) == "a"
+
+
+def test_what_was_live_before_anything_was_written_down_counts_too(tmp_path):
+    complete(tmp_path, "a")
+    (tmp_path / "current").write_text("a\n")
+    complete(tmp_path, "b").make_live()
+    assert Release.previous(tmp_path) == "a"
+
+
+def test_a_line_cut_short_costs_that_line_alone(tmp_path):
+    for name in ("a", "b"):
+        complete(tmp_path, name).make_live()
+    with (tmp_path / PROMOTIONS).open("a") as log:
+        log.write('{"release": "c", "ba\n')
+    assert Release.previous(tmp_path) == "a"
+
+
+def test_a_release_that_is_not_complete_does_not_go_live(tmp_path):
+    complete(tmp_path, "a").make_live()
+    unfinished = Release.create(tmp_path, "b")
+    unfinished.record("item_tower")
+    with pytest.raises(UserError, match=r"not complete \(missing: user_tower, reranker, index\)"):
+        unfinished.make_live()
+    assert Release.past(tmp_path) == ["a"]

@@ -1,0 +1,83 @@
+"""Releases: which there are, which is live, and the way forth and back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import psycopg
+from fastapi import APIRouter, BackgroundTasks, HTTPException
+
+import release as releases
+from api_controller.access import ADMIN
+from api_controller.schemas import ReleaseAnswer, ReleaseName
+from api_controller.service import Service, ServiceDep
+from recommender import Recommender, UnavailableError
+from release import PARTS, Release
+from settings import UserError
+
+log = logging.getLogger("styletower")
+router = APIRouter(prefix="/releases", tags=["releases"], dependencies=[ADMIN])
+
+
+@router.get("")
+async def every(service: ServiceDep) -> list[ReleaseAnswer]:
+    """All releases, the oldest first."""
+    models_dir = service.settings.models_dir
+    return await service.run(lambda: [described(service, name) for name in Release.names(models_dir)])
+
+
+@router.post("/{name}/live")
+async def promote(name: ReleaseName, service: ServiceDep, later: BackgroundTasks) -> ReleaseAnswer:
+    """Make a release live. The next answer is its; nothing is restarted."""
+    store, recommender = service.parts()
+    models_dir = service.settings.models_dir
+
+    def work() -> ReleaseAnswer:
+        if name not in Release.names(models_dir):
+            raise HTTPException(404, f"no release {name!r}; GET /releases lists them")
+        Release.open(models_dir, name).check_text_encoder(recommender.text_encoder)
+        releases.promote(store, models_dir, name)
+        return described(service, name)
+
+    return await moved(service, recommender, work, later)
+
+
+@router.post("/rollback")
+async def rollback(service: ServiceDep, later: BackgroundTasks) -> ReleaseAnswer:
+    """Make live what was live before. Once more goes back one more."""
+    store, recommender = service.parts()
+    return await moved(
+        service, recommender, lambda: described(service, releases.rollback(store, service.settings.models_dir)), later
+    )
+
+
+async def moved(
+    service: Service, recommender: Recommender, work: Callable[[], ReleaseAnswer], later: BackgroundTasks
+) -> ReleaseAnswer:
+    """Move the pointer; 409 when that cannot be. Products that the release does not know yet are indexed behind the answer."""
+    try:
+        answer = await service.run(work)
+    except UserError as error:
+        raise HTTPException(409, " ".join(str(error).split())) from error
+    service.promotions.inc()
+    later.add_task(catch_up, recommender)
+    return answer
+
+
+def catch_up(recommender: Recommender) -> None:
+    """Nobody waits for it, so nobody hears but the log when it cannot be done."""
+    try:
+        recommender.catch_up()
+    except (UnavailableError, psycopg.Error) as error:
+        log.warning("products that came while another release was live are not indexed yet: %s", error)
+
+
+def described(service: Service, name: str) -> ReleaseAnswer:
+    models_dir = service.settings.models_dir
+    manifest = Release.open(models_dir, name).manifest
+    return ReleaseAnswer(
+        name=name, created_at=manifest["created_at"], parts=[part for part in PARTS if part in manifest],
+        metrics=releases.report_metrics(manifest), items=manifest.get("index", {}).get("items"),
+        live=name == Release.current(models_dir),
+    )  # fmt: skip

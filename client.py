@@ -1,0 +1,195 @@
+"""A client of the service.
+
+    from datetime import UTC, datetime
+    from api_controller.schemas import RecommendBody
+    from catalog import Event
+    from client import StyleTower
+
+    with StyleTower("http://127.0.0.1:8000", key="styletower_admin_...") as shop:
+        answer = shop.recommend(RecommendBody(context="beach vacation", profile={"height_cm": 165}, k=5))
+        for item in answer.items:
+            print(item.rank, item.title, item.reasons)
+        shop.add_events([Event(user_id="shopper-1", product_id=item.product_id, kind="click", at=datetime.now(UTC))])
+
+Bodies and answers are the service's own types. A call that may be repeated without harm is, when the connection broke or the
+service was busy (503, 429), after the time that it asks for; all but `rollback` may. Whatever else it refuses is a
+`StyleTowerError` with its own words.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import httpx
+from pydantic import BaseModel, TypeAdapter
+
+from api_controller.schemas import (
+    EventsAnswer,
+    Health,
+    NeighbourBody,
+    ProductAnswer,
+    ProductsAnswer,
+    ProfileBody,
+    RecommendAnswer,
+    RecommendBody,
+    ReleaseAnswer,
+)
+from catalog import Event, Profile, RawProduct, User
+
+Result = TypeVar("Result")
+
+TRIES = 4
+FIRST_WAIT = 0.5  # seconds before a second try, when the service names none; doubled for each further one
+MOST_WAIT = 30.0  # seconds; who asks for more patience gets an error instead
+BUSY = (429, 503)
+
+
+class StyleTowerError(Exception):
+    """The service refused: `status` and its own words, or nobody answered: status 0."""
+
+    def __init__(self, status: int, words: str) -> None:
+        super().__init__(f"{status}: {words}" if status else words)
+        self.status, self.words = status, words
+
+
+class StyleTower:
+    """The service at `url`, asked with `key` (none as long as the service has no keys). Safe to share between threads."""
+
+    def __init__(self, url: str, key: str = "", timeout: float = 10.0, tries: int = TRIES) -> None:
+        self.tries = tries
+        self._http = httpx.Client(base_url=url, timeout=timeout, headers={"X-API-Key": key} if key else {})
+
+    def __enter__(self) -> StyleTower:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    # ------------------------------------------------------------------------------------------------------------- lists
+    def recommend(self, body: RecommendBody) -> RecommendAnswer:
+        """A ranked list: `shop.recommend(RecommendBody(user_id="shopper-1", k=5)).items[0].product_id`."""
+        return self._call("POST", "/recommend", RecommendAnswer, body)
+
+    def similar(self, product_id: str, k: int = 20) -> list[NeighbourBody]:
+        """The items most like one: `shop.similar("product-17", k=5)`."""
+        return self._call("GET", f"/items/{_part(product_id)}/similar", list[NeighbourBody], params={"k": k})
+
+    # ---------------------------------------------------------------------------------------------------- goods, shoppers
+    def item(self, product_id: str) -> ProductAnswer:
+        """A product and its features: `shop.item("product-17").std["category"]`."""
+        return self._call("GET", f"/items/{_part(product_id)}", ProductAnswer)
+
+    def put_products(self, products: Sequence[RawProduct]) -> ProductsAnswer:
+        """Add or replace products: `shop.put_products([RawProduct(product_id="new-1", title="Linen wrap dress", price=59000)])`."""
+        return self._call("PUT", "/products", ProductsAnswer, products)
+
+    def add_events(self, events: Sequence[Event]) -> EventsAnswer:
+        """What shoppers did. Each event has an id from the moment it is made, so one that is sent twice counts once:
+        `shop.add_events([Event(user_id="shopper-1", product_id="product-17", kind="cart", at=datetime.now(UTC))])`."""
+        return self._call("POST", "/events", EventsAnswer, events)
+
+    def put_user(self, user_id: str, profile: Profile) -> User:
+        """Set a shopper's profile: `shop.put_user("shopper-1", {"height_cm": 172, "weight_kg": 64})`."""
+        return self._call("PUT", f"/users/{_part(user_id)}", User, ProfileBody(profile=profile))
+
+    # ---------------------------------------------------------------------------------------------------------- releases
+    def releases(self) -> list[ReleaseAnswer]:
+        """All releases, the oldest first: `[release.name for release in shop.releases() if release.live]`."""
+        return self._call("GET", "/releases", list[ReleaseAnswer])
+
+    def promote(self, name: str) -> ReleaseAnswer:
+        """Make a release live: `shop.promote("20260101-120000")`."""
+        return self._call("POST", f"/releases/{_part(name)}/live", ReleaseAnswer)
+
+    def rollback(self) -> ReleaseAnswer:
+        """Make live what was live before. Never repeated by itself: twice would go back two."""
+        return self._call("POST", "/releases/rollback", ReleaseAnswer, repeatable=False)
+
+    # ------------------------------------------------------------------------------------------------------------- state
+    def health(self) -> Health:
+        """It lives."""
+        return self._call("GET", "/health", Health)
+
+    def ready(self) -> Health:
+        """It can answer; a StyleTowerError with the reason when not."""
+        return self._call("GET", "/ready", Health)
+
+    def metrics(self) -> str:
+        """Prometheus' text."""
+        return self._send("GET", "/metrics").text
+
+    # --------------------------------------------------------------------------------------------------------------- HTTP
+    def _call(
+        self,
+        method: str,
+        path: str,
+        answer: type[Result],
+        body: BaseModel | Sequence[BaseModel] | None = None,
+        params: dict[str, Any] | None = None,
+        repeatable: bool = True,
+    ) -> Result:
+        """Ask, and read the answer as the type `answer`. Every route is one line by this."""
+        content = b"" if body is None else _json(body)
+        sent = self._send(method, path, content, params, repeatable)
+        return TypeAdapter(answer).validate_json(sent.content)
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        content: bytes = b"",
+        params: dict[str, Any] | None = None,
+        repeatable: bool = True,
+    ) -> httpx.Response:
+        """The answer if it is a success. Raises StyleTowerError otherwise."""
+        headers = {"Content-Type": "application/json"} if content else {}
+        for again in range(self.tries if repeatable else 1)[::-1]:
+            wait = FIRST_WAIT * 2 ** (self.tries - 1 - again)
+            try:
+                answer = self._http.request(method, path, content=content or None, params=params, headers=headers)
+            except httpx.TransportError as error:
+                if not again:
+                    reason = str(error) or type(error).__name__
+                    raise StyleTowerError(0, f"no answer from {self._http.base_url}: {reason}") from error
+            else:
+                if answer.is_success:
+                    return answer
+                if asked := answer.headers.get("retry-after", ""):
+                    wait = float(asked) if asked.isdigit() else MOST_WAIT + 1
+                if not again or answer.status_code not in BUSY or not asked or wait > MOST_WAIT:
+                    raise StyleTowerError(answer.status_code, _words(answer))
+            time.sleep(wait)
+        raise AssertionError("the last try returns or raises")
+
+
+def _part(name: str) -> str:
+    """An id as one part of a path, whatever is in it."""
+    return quote(name, safe="")
+
+
+def _json(body: BaseModel | Sequence[BaseModel]) -> bytes:
+    """Only what was set: a service of another version may not know the rest."""
+    if isinstance(body, BaseModel):
+        return body.model_dump_json(exclude_unset=True).encode()
+    return b"[" + b",".join(_json(row) for row in body) + b"]"
+
+
+def _words(answer: httpx.Response) -> str:
+    """What the service said: `detail` of its errors, field by field if there are several; `reason` of /ready."""
+    try:
+        said = answer.json()
+    except ValueError:
+        return answer.text or answer.reason_phrase
+    detail = said.get("detail", said.get("reason")) if isinstance(said, dict) else said
+    if isinstance(detail, list):
+        return "; ".join(f"{'.'.join(map(str, one.get('loc', [])))}: {one.get('msg', one)}" for one in detail)
+    return str(detail if detail is not None else said)

@@ -1,0 +1,418 @@
+"""Running a shop: keys, releases over HTTP, retraining, lists of everybody, and the client, against real servers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from datetime import UTC, datetime
+
+import httpx
+import polars as pl
+import pytest
+
+import keys
+from api_controller.schemas import RecommendBody
+from catalog import Event, RawProduct
+from client import StyleTower, StyleTowerError
+from release import PARTS, Release, delete
+from settings import Settings, UserError
+from store import Store
+from tests.serving import ROOT, environment_of, eventually, serving
+from tests.tiny import tiny_text_encoder
+
+
+@pytest.fixture(scope="module")
+def shop(new_shop):
+    with new_shop() as settings:
+        yield settings
+
+
+@pytest.fixture(scope="module")
+def made(shop) -> dict[str, str]:
+    """A key of each kind, and one that was revoked."""
+    with Store.open(shop) as store:
+        made = {kind: keys.add(store, kind, f"the {kind} one") for kind in ("admin", "public")}
+        made["revoked"] = keys.add(store, "admin", "lost")
+        assert store.keys.revoke(keys.id_of(keys.digest_of(made["revoked"])))
+    return made
+
+
+@pytest.fixture(scope="module")
+def server(shop, made):
+    with serving(environment_of(shop), "--workers", "2") as (_, client):
+        eventually(lambda: client.get("/ready").is_success)
+        yield client
+
+
+@pytest.fixture(scope="module")
+def admin(server, made):
+    with StyleTower(str(server.base_url), made["admin"], timeout=60) as client:
+        yield client
+
+
+def run(script: str, shop: Settings, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, script, *arguments], cwd=ROOT, env={**os.environ, **environment_of(shop), **more},
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["X-API-Key", "Authorization"])
+@pytest.mark.parametrize(
+    ("method", "path", "statuses"),  # without a key, with a revoked, a public, an admin one
+    [
+        ("POST", "/recommend", (401, 401, 200, 200)),
+        ("POST", "/events", (401, 401, 422, 422)),
+        ("GET", "/items/ghost", (401, 401, 404, 404)),
+        ("PUT", "/products", (401, 401, 403, 422)),
+        ("PUT", "/users/u1", (401, 401, 403, 422)),
+        ("GET", "/releases", (401, 401, 403, 200)),
+        ("POST", "/releases/ghost/live", (401, 401, 403, 404)),
+        ("GET", "/metrics", (401, 401, 403, 200)),
+        ("GET", "/health", (200, 200, 200, 200)),
+        ("GET", "/ready", (200, 200, 200, 200)),
+        ("GET", "/openapi.json", (200, 200, 200, 200)),
+    ],
+)
+def test_who_may_do_what(server, made, how, method, path, statuses):
+    for kind, status in zip(("", "revoked", "public", "admin"), statuses, strict=True):
+        given = {} if not kind else {how: made[kind] if how == "X-API-Key" else f"Bearer {made[kind]}"}
+        answer = server.request(method, path, headers=given, json={} if method != "GET" else None)
+        assert answer.status_code == status, (kind, answer.text)
+        if status == 401:
+            assert answer.headers["www-authenticate"] == "Bearer"
+            assert ("revoked" if kind else "X-API-Key") in answer.json()["detail"]
+        if status == 403:
+            assert "needs an admin key" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("key", ["", "x", "styletower_admin_", "ключ", "a" * 8000])
+def test_what_is_no_key_opens_nothing(server, key):
+    answer = server.get("/releases", headers={"X-API-Key": key.encode()})
+    assert answer.status_code == 401
+
+
+def test_nothing_that_is_stored_is_a_key(shop, made):
+    with Store.open(shop) as store:
+        stored = store.keys.read()
+    assert [(key.kind, key.note, key.revoked_at is None) for key in stored] == [
+        ("admin", "the admin one", True), ("public", "the public one", True), ("admin", "lost", False),
+    ]  # fmt: skip
+    assert not any(made["admin"].encode() in repr(key).encode() for key in stored)
+
+
+def empty(settings: Settings, tmp_path) -> Settings:
+    """A shop with nothing in it."""
+    text_encoder = tiny_text_encoder(tmp_path / "text")
+    return settings.model_copy(
+        update={"models_dir": tmp_path / "models", "data_dir": tmp_path / "data", "text_encoder": str(text_encoder)}
+    )
+
+
+def test_open_to_others_is_said_aloud_until_a_key_is_made_and_never_open_again(settings, tmp_path, capfd):
+    new = empty(settings, tmp_path)
+    with serving({**environment_of(new), "UVICORN_HOST": "0.0.0.0"}) as (_, client):
+        assert client.get("/metrics").is_success
+        assert "styletower_open_to_others 1.0" in client.get("/metrics").text
+        assert "no API key was ever made" in client.get("/ready").json()["warnings"][0]
+        assert "no API key was ever made" in capfd.readouterr().err
+
+        added = run("keys.py", new, "add", "--kind", "admin", "--note", "back office")
+        assert added.returncode == 0, added.stderr
+        key = added.stdout.strip()
+        eventually(lambda: client.get("/metrics").status_code == 401)
+        assert client.get("/ready").json()["warnings"] == []
+        answer = client.get("/metrics", headers={"X-API-Key": key})
+        assert "styletower_open_to_others 0.0" in answer.text
+        assert 'styletower_refused_total{reason="no key"}' in answer.text
+
+        key_id = run("keys.py", new, "list").stdout.split()[0]
+        revoked = run("keys.py", new, "revoke", key_id)
+        assert "no key is in force" in revoked.stdout
+        eventually(lambda: client.get("/metrics", headers={"X-API-Key": key}).status_code == 401)
+        assert client.get("/metrics").status_code == 401
+        again = run("keys.py", new, "revoke", key_id)
+        assert (again.returncode, key_id in again.stderr) == (2, True)
+
+
+def test_a_key_that_asks_too_often_waits_others_do_not_and_no_key_is_in_the_log(settings, tmp_path, capfd):
+    new = empty(settings, tmp_path)
+    with Store.open(new) as store:
+        first, second = (keys.add(store, "admin", "") for _ in range(2))
+    limits = {"RATE_LIMIT": "0.01", "RATE_BURST": "3", "CORS_ORIGINS": "https://shop.example, http://localhost:3000"}
+    with serving({**environment_of(new), **limits}, "--log-level", "info") as (_, client):
+        asked = [client.get("/releases", headers={"X-API-Key": first}) for _ in range(4)]
+        assert [answer.status_code for answer in asked] == [200, 200, 200, 429]
+        assert 0 < int(asked[3].headers["Retry-After"]) <= 100
+        assert client.get("/releases", headers={"Authorization": f"Bearer {second}"}).status_code == 200
+        assert client.get("/health", headers={"X-API-Key": first}).status_code == 200
+
+        # A page of the shop may call, and read refusals; others may not.
+        preflight = {
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "x-api-key,content-type",
+        }
+        for origin, allowed in (
+            ("https://shop.example", True),
+            ("http://localhost:3000", True),
+            ("https://evil.example", False),
+        ):
+            answer = client.options("/recommend", headers={"Origin": origin, **preflight})
+            assert answer.is_success == allowed
+            answer = client.post("/recommend", json={}, headers={"Origin": origin})
+            assert answer.status_code == 401
+            assert (answer.headers.get("access-control-allow-origin") == origin) == allowed
+    logged = "".join(capfd.readouterr())
+    assert "/releases" in logged
+    assert first not in logged
+    assert second not in logged
+
+
+def test_without_origins_no_page_of_another_site_may_call(server):
+    answer = server.get("/health", headers={"Origin": "https://shop.example"})
+    assert "access-control-allow-origin" not in answer.headers
+
+
+# --- releases ---------------------------------------------------------------------------------------------------------
+
+
+def twin(shop: Settings, name: str, rows: int | None = None) -> Release:
+    """A copy of the trained release under another name, with the first `rows` of its vectors."""
+    first = trained(shop)
+    shutil.copytree(first.folder, shop.models_dir / name)
+    with Store.open(shop) as store:
+        ids = [product.product_id for product in store.products.read_features()][:rows]
+        vectors = store.vectors.fetch(first.name, ids)
+        store.vectors.create(name, vectors.vectors.shape[1])
+        store.vectors.copy(name, vectors)
+        store.releases.record(name, first.manifest)
+    return Release(shop.models_dir / name)
+
+
+def trained(shop: Settings) -> Release:
+    return Release.open(shop.models_dir, Release.names(shop.models_dir)[0])
+
+
+def test_a_release_goes_live_and_back_for_all_workers(shop, server, admin):
+    first = trained(shop)
+    first.make_live()
+    twin(shop, "second")
+    said = {release.name: release for release in admin.releases()}
+    assert (said[first.name].live, said["second"].live) == (True, False)
+    assert said["second"].parts == list(PARTS)
+    assert said["second"].items == first.manifest["index"]["items"]
+    assert said["second"].metrics["user_tower"] == {"recall@100": first.manifest["user_tower"]["report"]["best"]}
+
+    assert admin.promote("second").live
+    assert {admin.recommend(RecommendBody(k=3)).release for _ in range(20)} == {"second"}
+    assert admin.rollback().name == first.name
+    assert {admin.recommend(RecommendBody(k=3)).release for _ in range(20)} == {first.name}
+    with Store.open(shop) as store:
+        delete(store, shop.models_dir, "second")
+
+
+def test_what_cannot_go_live_is_refused_with_the_reason_and_the_live_one_stays(shop, admin):
+    first = trained(shop)
+    first.make_live()
+    unfinished = Release.create(shop.models_dir, "zz-unfinished")
+    damaged = twin(shop, "zz-damaged")
+    (damaged.folder / "user_tower.pth").write_bytes(b"nothing")
+    twin(shop, "zz-empty", rows=0)
+    foreign = twin(shop, "zz-foreign")
+    foreign.manifest["item_tower"]["text_encoder"]["fingerprint"] = "another"
+    foreign.save_manifest()
+    for name, status, words in (
+        ("ghost", 404, "no release 'ghost'"),
+        (unfinished.name, 409, "no vectors in this database"),
+        (damaged.name, 409, "user_tower.pth is missing or not the file"),
+        ("zz-empty", 409, "build_index.py --release zz-empty"),
+        (foreign.name, 409, "text encoder"),
+    ):
+        with pytest.raises(StyleTowerError, match=words) as raised:
+            admin.promote(name)
+        assert raised.value.status == status
+    assert Release.current(shop.models_dir) == first.name
+    with Store.open(shop) as store:
+        for name in ("zz-unfinished", "zz-damaged", "zz-empty", "zz-foreign"):
+            delete(store, shop.models_dir, name)
+
+
+def test_what_came_while_another_release_was_live_is_known_after_the_way_back(shop, admin):
+    trained(shop).make_live()
+    twin(shop, "third")
+    admin.promote("third")
+    admin.put_products([RawProduct(product_id="late-1", title="Linen wrap dress", price=87654321.0)])
+    body = RecommendBody.model_validate({"filters": {"min_price": 87654321.0}})
+    assert [item.product_id for item in admin.recommend(body).items] == ["late-1"]
+    admin.rollback()
+    eventually(lambda: [item.product_id for item in admin.recommend(body).items] == ["late-1"])
+    assert admin.recommend(body).release == trained(shop).name
+    with Store.open(shop) as store:
+        delete(store, shop.models_dir, "third")
+
+
+def test_releases_at_the_keyboard(shop):
+    first = trained(shop)
+    first.make_live()
+    twin(shop, "fourth")
+    assert "fourth is live" in run("release.py", shop, "promote", "fourth").stdout
+    refused = run("release.py", shop, "delete", "fourth")
+    assert (refused.returncode, "is live; promote another one first" in refused.stderr) == (2, True)
+    listed = run("release.py", shop, "list").stdout.splitlines()
+    assert [line.split()[0] for line in listed if " live " in line] == ["fourth"]
+    assert f"{first.name} is live" in run("release.py", shop, "rollback").stdout
+    assert run("release.py", shop, "delete", "fourth").returncode == 0
+    with Store.open(shop) as store:
+        assert "fourth" not in store.vectors.releases()
+        assert "fourth" not in {release.name for release in store.releases.read()}
+        with pytest.raises(UserError, match="no release 'fourth'"):
+            delete(store, shop.models_dir, "fourth")
+        with pytest.raises(UserError, match="no release"):
+            delete(store, shop.models_dir, "../models")
+    assert Release.names(shop.models_dir) == [first.name]
+
+
+# --- the client -------------------------------------------------------------------------------------------------------
+
+
+def test_the_client_reaches_every_route_of_its_own(shop, admin, made, server):
+    trained(shop).make_live()
+    assert admin.health().status == "ok"
+    assert admin.ready().release == trained(shop).name
+    found = admin.recommend(RecommendBody(k=2))
+    assert [item.rank for item in found.items] == [1, 2]
+    first = found.items[0].product_id
+    assert admin.item(first).title == found.items[0].title
+    assert len(admin.similar(first, k=3)) == 3
+    assert admin.put_user("by-client", {"height_cm": 170}).profile == {"height_cm": 170.0}
+    event = Event(user_id="by-client", product_id=first, kind="purchase", at=datetime.now(UTC))
+    assert admin.add_events([event]).stored == 1
+    assert admin.add_events([event]).duplicates == 1
+    assert first not in [item.product_id for item in admin.recommend(RecommendBody(user_id="by-client")).items]
+    assert "styletower_requests_total" in admin.metrics()
+    with (
+        StyleTower(str(server.base_url), made["public"]) as page,
+        pytest.raises(StyleTowerError, match="403: a public API key may not"),
+    ):
+        page.releases()
+
+
+# --- lists of everybody -----------------------------------------------------------------------------------------------
+
+
+def test_a_batch_that_was_killed_ends_with_the_answers_of_the_api(shop, admin, tmp_path):
+    trained(shop).make_live()
+    with Store.open(shop) as store:
+        users = store.users.read_ids()
+    assert len(users) > 50
+    out = tmp_path / "lists.parquet"
+    arguments = [str(out), "--k", "5", "--part-users", "10", "--threads", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "score_users.py", *arguments], cwd=ROOT, env={**os.environ, **environment_of(shop)},
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    parts = tmp_path / "lists.parquet.parts"
+    eventually(lambda: (parts / "000001.parquet").exists())
+    process.kill()
+    process.wait()
+    assert not out.exists()
+    written = {path.name: path.stat().st_mtime_ns for path in parts.glob("00000[01].parquet")}
+    (parts / "000000.parquet").write_bytes((parts / "000001.parquet").read_bytes())  # to see that it is not made again
+    ended = run("score_users.py", shop, *arguments)
+    assert ended.returncode == 0, ended.stderr
+    assert len(written) == 2
+    assert "goes on with" in ended.stdout
+    lists = pl.read_parquet(out)
+    assert lists["user_id"].unique(maintain_order=True).to_list() == users[10:20] + users[20:]
+    assert not parts.exists()
+
+    fresh = run("score_users.py", shop, *arguments)
+    assert fresh.returncode == 0, fresh.stderr
+    lists = pl.read_parquet(out)
+    assert lists["user_id"].unique(maintain_order=True).to_list() == users
+    assert set(lists["release"]) == {trained(shop).name}
+    for user in users[::7]:
+        own = lists.filter(user_id=user)
+        answer = admin.recommend(RecommendBody(user_id=user, k=5))
+        assert own["product_id"].to_list() == [item.product_id for item in answer.items]
+        assert own["rank"].to_list() == [1, 2, 3, 4, 5]
+        assert own["score"].to_list() == pytest.approx([item.score for item in answer.items], abs=1e-3)
+
+
+def test_a_batch_of_named_shoppers_says_who_is_unknown(shop, tmp_path):
+    with Store.open(shop) as store:
+        known = store.users.read_ids()[0]
+    (tmp_path / "ids.txt").write_text(f"{known}\n\nnobody\n{known}\n", encoding="utf-8")
+    out = tmp_path / "some.parquet"
+    done = run("score_users.py", shop, str(out), "--users", str(tmp_path / "ids.txt"), "--k", "2")
+    assert done.returncode == 0, done.stderr
+    assert "lists of 2 shoppers, 1 of them nobody the shop knows" in done.stdout
+    assert pl.read_parquet(out)["user_id"].to_list() == [known, known, "nobody", "nobody"]
+
+
+# --- retraining -------------------------------------------------------------------------------------------------------
+
+
+def test_one_retraining_at_a_time(shop):
+    with Store.open(shop) as store, store.releases.retraining() as alone:
+        assert alone
+        second = run("retrain.py", shop)
+    assert second.returncode == 4
+    assert "another retrain.py is at work" in second.stderr
+    assert Release.names(shop.models_dir) == [trained(shop).name]
+
+
+def test_retraining_goes_on_after_a_kill_promotes_keeps_out_what_is_worse_and_cleans_up(new_shop):
+    with new_shop() as shop:
+        first = trained(shop)
+        process = subprocess.Popen(
+            [sys.executable, "retrain.py"], cwd=ROOT, env={**os.environ, **environment_of(shop)},
+            stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        eventually(lambda: len(Release.names(shop.models_dir)) == 2)
+        second = Release.names(shop.models_dir)[1]
+        manifest = shop.models_dir / second / "manifest.json"
+        eventually(lambda: "item_tower" in json.loads(manifest.read_bytes()))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert Release.current(shop.models_dir) == first.name
+        encoder = (shop.models_dir / second / "encoder_stage1.pth").stat().st_mtime_ns
+
+        done = run("retrain.py", shop)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"goes on with release {second}" in done.stdout
+        assert "train_simcse: done before" in done.stdout
+        assert done.stdout.splitlines()[-1].endswith(f"promoted: release {second} is live")
+        assert Release.current(shop.models_dir) == second
+        assert (shop.models_dir / second / "encoder_stage1.pth").stat().st_mtime_ns == encoder
+        options = Release.open(shop.models_dir, second).manifest["user_tower"]["options"]
+        assert options["epochs"] == first.manifest["user_tower"]["options"]["epochs"]
+
+        worse = run(
+            "retrain.py", shop, "--keep", "1", "--train-user", "--epochs 1 --learning-rate 1e-9",
+            "--build-index", "--margin 0",
+        )  # fmt: skip
+        assert worse.returncode == 3, worse.stdout + worse.stderr
+        assert f"release {second} stays live" in worse.stderr
+        assert "is worse than the live" in worse.stderr
+        assert Release.current(shop.models_dir) == second
+        # The newest, the live one, and the one before it.
+        assert len(Release.names(shop.models_dir)) == 3
+        assert Release.previous(shop.models_dir) == first.name
+
+
+def test_a_stage_that_fails_is_named_with_its_own_words_and_nothing_changes(settings, tmp_path):
+    new = empty(settings, tmp_path)
+    failed = run("retrain.py", new)
+    assert failed.returncode == 2
+    assert (
+        "extract_features failed with exit code 2: extract_features.py: the shop has no feature schema" in failed.stderr
+    )
+    assert Release.current(new.models_dir) is None
