@@ -145,12 +145,15 @@ class Release:
         existing = {*cls.names(models_dir)} - {cls.current(models_dir)}
         return next((name for name in reversed(cls.past(models_dir)) if name in existing), None)
 
-    def make_live(self, back: bool = False) -> None:
-        """Point `current` here, in one atomic step, as a promotion or the way `back`. Raises UserError unless the release is
-        complete."""
+    def check_complete(self) -> None:
         missing = [part for part in PARTS if part not in self.manifest]
         if missing:
             raise UserError(f"release {self.name} is not complete (missing: {', '.join(missing)}); it cannot go live")
+
+    def make_live(self, back: bool = False) -> None:
+        """Point `current` here, in one atomic step, as a promotion or the way `back`. Raises UserError unless the release is
+        complete."""
+        self.check_complete()
         models_dir = self.folder.parent
         pointer = models_dir / "current"
         temporary = pointer.with_suffix(f".{os.getpid()}.tmp")
@@ -346,22 +349,27 @@ def catalogue_features(
     return item_features(products, std_vocab, re_vocab, layout, text_encoder.cached_tokens(titles), title_of)
 
 
-def promote(store: Store, models_dir: Path, name: str, back: bool = False) -> None:
+def promote(
+    store: Store, models_dir: Path, name: str, back: bool = False, text_encoder: TextEncoder | None = None
+) -> None:
     """Make a release live, as a promotion or on the way `back`. Raises UserError, and changes nothing, unless it is there,
-    complete, undamaged and indexed in this database."""
+    complete, undamaged, indexed in this database, and made with the `text_encoder` that serves, if that is known."""
     release = Release.open(models_dir, name)
+    release.check_complete()
     release.check_files()
+    if text_encoder is not None:
+        release.check_text_encoder(text_encoder)
     if not store.vectors.holds_rows(name):
         raise UserError(f"release {name} has no vectors in this database; run build_index.py --release {name}")
     release.make_live(back)
 
 
-def rollback(store: Store, models_dir: Path) -> str:
+def rollback(store: Store, models_dir: Path, text_encoder: TextEncoder | None = None) -> str:
     """Make live what was live before; returns its name. Raises UserError when there is nothing to go back to."""
     name = Release.previous(models_dir)
     if name is None:
         raise UserError("there is no release that was live before this one; promote one by its name")
-    promote(store, models_dir, name, back=True)
+    promote(store, models_dir, name, back=True, text_encoder=text_encoder)
     return name
 
 
@@ -418,12 +426,13 @@ def main(options: ReleaseOptions) -> None:
             delete(store, models_dir, options.name)
             print(f"release {options.name} is deleted")
             return
+        text_encoder = TextEncoder.load(options)
         if options.action == "promote":
-            promote(store, models_dir, options.name)
+            promote(store, models_dir, options.name, text_encoder=text_encoder)
         else:
-            rollback(store, models_dir)
+            rollback(store, models_dir, text_encoder)
         print(f"release {Release.current(models_dir)} is live")
-        count = Recommender(store, options, TextEncoder.load(options)).catch_up()
+        count = Recommender(store, options, text_encoder).catch_up()
         if count:
             print(f"{count} products that came while another one was live are indexed too")
 

@@ -1,7 +1,7 @@
 """The lists of all shoppers, as the API would answer them, into one Parquet file: for e-mails, or to look at.
 
     python score_users.py lists.parquet
-    python score_users.py lists.parquet --users ids.txt --k 10
+    python score_users.py lists.parquet --users ids.txt -k 10
 
 Columns: user_id, rank (from 1), product_id, score, release. One release answers for everybody, and as of one moment. Killed, it
 goes on where it was when it is run again within 20 hours with the same options; what is done stands in `lists.parquet.parts/`.

@@ -36,8 +36,7 @@ async def promote(name: ReleaseName, service: ServiceDep, later: BackgroundTasks
     def work() -> ReleaseAnswer:
         if name not in Release.names(models_dir):
             raise HTTPException(404, f"no release {name!r}; GET /releases lists them")
-        Release.open(models_dir, name).check_text_encoder(recommender.text_encoder)
-        releases.promote(store, models_dir, name)
+        releases.promote(store, models_dir, name, text_encoder=recommender.text_encoder)
         return described(service, name)
 
     return await moved(service, recommender, work, later)
@@ -47,9 +46,12 @@ async def promote(name: ReleaseName, service: ServiceDep, later: BackgroundTasks
 async def rollback(service: ServiceDep, later: BackgroundTasks) -> ReleaseAnswer:
     """Make live what was live before. Once more goes back one more."""
     store, recommender = service.parts()
-    return await moved(
-        service, recommender, lambda: described(service, releases.rollback(store, service.settings.models_dir)), later
-    )
+    models_dir = service.settings.models_dir
+
+    def work() -> ReleaseAnswer:
+        return described(service, releases.rollback(store, models_dir, recommender.text_encoder))
+
+    return await moved(service, recommender, work, later)
 
 
 async def moved(

@@ -10,11 +10,11 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 
-import httpx
 import polars as pl
 import pytest
 
 import keys
+import release as releases
 from api_controller.schemas import RecommendBody
 from catalog import Event, RawProduct
 from client import StyleTower, StyleTowerError
@@ -42,15 +42,15 @@ def made(shop) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def server(shop, made):
+def web(shop, made):
     with serving(environment_of(shop), "--workers", "2") as (_, client):
         eventually(lambda: client.get("/ready").is_success)
         yield client
 
 
 @pytest.fixture(scope="module")
-def admin(server, made):
-    with StyleTower(str(server.base_url), made["admin"], timeout=60) as client:
+def admin(web, made):
+    with StyleTower(str(web.base_url), made["admin"], timeout=60) as client:
         yield client
 
 
@@ -81,10 +81,10 @@ def run(script: str, shop: Settings, *arguments: str, **more: str) -> subprocess
         ("GET", "/openapi.json", (200, 200, 200, 200)),
     ],
 )
-def test_who_may_do_what(server, made, how, method, path, statuses):
+def test_who_may_do_what(web, made, how, method, path, statuses):
     for kind, status in zip(("", "revoked", "public", "admin"), statuses, strict=True):
         given = {} if not kind else {how: made[kind] if how == "X-API-Key" else f"Bearer {made[kind]}"}
-        answer = server.request(method, path, headers=given, json={} if method != "GET" else None)
+        answer = web.request(method, path, headers=given, json={} if method != "GET" else None)
         assert answer.status_code == status, (kind, answer.text)
         if status == 401:
             assert answer.headers["www-authenticate"] == "Bearer"
@@ -94,8 +94,8 @@ def test_who_may_do_what(server, made, how, method, path, statuses):
 
 
 @pytest.mark.parametrize("key", ["", "x", "styletower_admin_", "ключ", "a" * 8000])
-def test_what_is_no_key_opens_nothing(server, key):
-    answer = server.get("/releases", headers={"X-API-Key": key.encode()})
+def test_what_is_no_key_opens_nothing(web, key):
+    answer = web.get("/releases", headers={"X-API-Key": key.encode()})
     assert answer.status_code == 401
 
 
@@ -175,8 +175,8 @@ def test_a_key_that_asks_too_often_waits_others_do_not_and_no_key_is_in_the_log(
     assert second not in logged
 
 
-def test_without_origins_no_page_of_another_site_may_call(server):
-    answer = server.get("/health", headers={"Origin": "https://shop.example"})
+def test_without_origins_no_page_of_another_site_may_call(web):
+    answer = web.get("/health", headers={"Origin": "https://shop.example"})
     assert "access-control-allow-origin" not in answer.headers
 
 
@@ -188,10 +188,9 @@ def twin(shop: Settings, name: str, rows: int | None = None) -> Release:
     first = trained(shop)
     shutil.copytree(first.folder, shop.models_dir / name)
     with Store.open(shop) as store:
-        ids = [product.product_id for product in store.products.read_features()][:rows]
-        vectors = store.vectors.fetch(first.name, ids)
-        store.vectors.create(name, vectors.vectors.shape[1])
-        store.vectors.copy(name, vectors)
+        ids = [product.product_id for product in store.products.read_features()]
+        store.vectors.create(name, first.manifest["index"]["dimensions"])
+        store.vectors.copy(name, store.vectors.fetch(first.name, ids[:rows]))
         store.releases.record(name, first.manifest)
     return Release(shop.models_dir / name)
 
@@ -200,7 +199,7 @@ def trained(shop: Settings) -> Release:
     return Release.open(shop.models_dir, Release.names(shop.models_dir)[0])
 
 
-def test_a_release_goes_live_and_back_for_all_workers(shop, server, admin):
+def test_a_release_goes_live_and_back_for_all_workers(shop, web, admin):
     first = trained(shop)
     first.make_live()
     twin(shop, "second")
@@ -230,7 +229,7 @@ def test_what_cannot_go_live_is_refused_with_the_reason_and_the_live_one_stays(s
     foreign.save_manifest()
     for name, status, words in (
         ("ghost", 404, "no release 'ghost'"),
-        (unfinished.name, 409, "no vectors in this database"),
+        (unfinished.name, 409, "not complete .missing: item_tower"),
         (damaged.name, 409, "user_tower.pth is missing or not the file"),
         ("zz-empty", 409, "build_index.py --release zz-empty"),
         (foreign.name, 409, "text encoder"),
@@ -258,17 +257,20 @@ def test_what_came_while_another_release_was_live_is_known_after_the_way_back(sh
         delete(store, shop.models_dir, "third")
 
 
-def test_releases_at_the_keyboard(shop):
+def test_releases_at_the_keyboard(shop, capsys):
+    def typed(action: str, name: str = "") -> list[str]:
+        releases.main(releases.ReleaseOptions(**shop.model_dump(), action=action, name=name, _env_file=None))
+        return capsys.readouterr().out.splitlines()
+
     first = trained(shop)
     first.make_live()
     twin(shop, "fourth")
-    assert "fourth is live" in run("release.py", shop, "promote", "fourth").stdout
-    refused = run("release.py", shop, "delete", "fourth")
-    assert (refused.returncode, "is live; promote another one first" in refused.stderr) == (2, True)
-    listed = run("release.py", shop, "list").stdout.splitlines()
-    assert [line.split()[0] for line in listed if " live " in line] == ["fourth"]
-    assert f"{first.name} is live" in run("release.py", shop, "rollback").stdout
-    assert run("release.py", shop, "delete", "fourth").returncode == 0
+    assert typed("promote", "fourth")[0] == "release fourth is live"
+    with pytest.raises(UserError, match="is live; promote another one first"):
+        typed("delete", "fourth")
+    assert [line.split()[0] for line in typed("list") if " live " in line] == ["fourth"]
+    assert typed("rollback")[0] == f"release {first.name} is live"
+    assert typed("delete", "fourth") == ["release fourth is deleted"]
     with Store.open(shop) as store:
         assert "fourth" not in store.vectors.releases()
         assert "fourth" not in {release.name for release in store.releases.read()}
@@ -276,13 +278,13 @@ def test_releases_at_the_keyboard(shop):
             delete(store, shop.models_dir, "fourth")
         with pytest.raises(UserError, match="no release"):
             delete(store, shop.models_dir, "../models")
-    assert Release.names(shop.models_dir) == [first.name]
+    assert "fourth" not in Release.names(shop.models_dir)
 
 
 # --- the client -------------------------------------------------------------------------------------------------------
 
 
-def test_the_client_reaches_every_route_of_its_own(shop, admin, made, server):
+def test_the_client_reaches_every_route_of_its_own(shop, admin, made, web):
     trained(shop).make_live()
     assert admin.health().status == "ok"
     assert admin.ready().release == trained(shop).name
@@ -298,7 +300,7 @@ def test_the_client_reaches_every_route_of_its_own(shop, admin, made, server):
     assert first not in [item.product_id for item in admin.recommend(RecommendBody(user_id="by-client")).items]
     assert "styletower_requests_total" in admin.metrics()
     with (
-        StyleTower(str(server.base_url), made["public"]) as page,
+        StyleTower(str(web.base_url), made["public"]) as page,
         pytest.raises(StyleTowerError, match="403: a public API key may not"),
     ):
         page.releases()
@@ -313,7 +315,7 @@ def test_a_batch_that_was_killed_ends_with_the_answers_of_the_api(shop, admin, t
         users = store.users.read_ids()
     assert len(users) > 50
     out = tmp_path / "lists.parquet"
-    arguments = [str(out), "--k", "5", "--part-users", "10", "--threads", "1"]
+    arguments = [str(out), "-k", "5", "--part-users", "10", "--threads", "1"]
     process = subprocess.Popen(
         [sys.executable, "score_users.py", *arguments], cwd=ROOT, env={**os.environ, **environment_of(shop)},
         stderr=subprocess.DEVNULL,
@@ -351,7 +353,7 @@ def test_a_batch_of_named_shoppers_says_who_is_unknown(shop, tmp_path):
         known = store.users.read_ids()[0]
     (tmp_path / "ids.txt").write_text(f"{known}\n\nnobody\n{known}\n", encoding="utf-8")
     out = tmp_path / "some.parquet"
-    done = run("score_users.py", shop, str(out), "--users", str(tmp_path / "ids.txt"), "--k", "2")
+    done = run("score_users.py", shop, str(out), "--users", str(tmp_path / "ids.txt"), "-k", "2")
     assert done.returncode == 0, done.stderr
     assert "lists of 2 shoppers, 1 of them nobody the shop knows" in done.stdout
     assert pl.read_parquet(out)["user_id"].to_list() == [known, known, "nobody", "nobody"]
@@ -363,49 +365,62 @@ def test_a_batch_of_named_shoppers_says_who_is_unknown(shop, tmp_path):
 def test_one_retraining_at_a_time(shop):
     with Store.open(shop) as store, store.releases.retraining() as alone:
         assert alone
+        before = Release.names(shop.models_dir)
         second = run("retrain.py", shop)
     assert second.returncode == 4
     assert "another retrain.py is at work" in second.stderr
-    assert Release.names(shop.models_dir) == [trained(shop).name]
+    assert Release.names(shop.models_dir) == before
 
 
+@pytest.mark.timeout(900)  # eight processes, each with torch to load
 def test_retraining_goes_on_after_a_kill_promotes_keeps_out_what_is_worse_and_cleans_up(new_shop):
     with new_shop() as shop:
         first = trained(shop)
+        arguments = ["--train-reranker", "--epochs 1", "--build-index", "--margin 1", "--keep", "1"]
         process = subprocess.Popen(
-            [sys.executable, "retrain.py"], cwd=ROOT, env={**os.environ, **environment_of(shop)},
+            [sys.executable, "retrain.py", *arguments], cwd=ROOT, env={**os.environ, **environment_of(shop)},
             stdout=subprocess.DEVNULL,
         )  # fmt: skip
         eventually(lambda: len(Release.names(shop.models_dir)) == 2)
         second = Release.names(shop.models_dir)[1]
-        manifest = shop.models_dir / second / "manifest.json"
-        eventually(lambda: "item_tower" in json.loads(manifest.read_bytes()))
-        process.send_signal(signal.SIGKILL)
+        eventually(lambda: "item_tower" in Release.open(shop.models_dir, second).manifest)
+        process.kill()
         process.wait()
         assert Release.current(shop.models_dir) == first.name
         encoder = (shop.models_dir / second / "encoder_stage1.pth").stat().st_mtime_ns
 
-        done = run("retrain.py", shop)
+        done = run("retrain.py", shop, *arguments)
         assert done.returncode == 0, done.stdout + done.stderr
         assert f"goes on with release {second}" in done.stdout
         assert "train_simcse: done before" in done.stdout
-        assert done.stdout.splitlines()[-1].endswith(f"promoted: release {second} is live")
+        assert f"promoted: release {second} is live" in done.stdout
         assert Release.current(shop.models_dir) == second
         assert (shop.models_dir / second / "encoder_stage1.pth").stat().st_mtime_ns == encoder
-        options = Release.open(shop.models_dir, second).manifest["user_tower"]["options"]
-        assert options["epochs"] == first.manifest["user_tower"]["options"]["epochs"]
+        # As the live release was made, but for what was given.
+        made = Release.open(shop.models_dir, second).manifest
+        for part, other in (("item_tower", {}), ("user_tower", {}), ("reranker", {"epochs": 1})):
+            alike = {"release": "", "fresh": False, "data_dir": None}
+            assert {**made[part]["options"], **alike} == {**first.manifest[part]["options"], **alike, **other}
 
-        worse = run(
-            "retrain.py", shop, "--keep", "1", "--train-user", "--epochs 1 --learning-rate 1e-9",
-            "--build-index", "--margin 0",
-        )  # fmt: skip
+        # Another night: trained to the end, and found worse.
+        third = Release(shutil.copytree(shop.models_dir / second, shop.models_dir / "third"))
+        third.manifest["user_tower"]["report"]["best"] = 0.0
+        third.manifest["created_at"] = "2999-01-01"
+        del third.manifest["index"]
+        given = {**third.manifest["retrain"]["given"], "build_index": "--margin 0.5"}
+        third.record("retrain", **{**third.manifest["retrain"], "given": given, "outcome": ""})
+        old = twin(shop, "old")
+        old.manifest["created_at"] = "2000-01-01"
+        old.save_manifest()
+        worse = run("retrain.py", shop, *arguments[:2], "--build-index", "--margin 0.5", "--keep", "1")
         assert worse.returncode == 3, worse.stdout + worse.stderr
         assert f"release {second} stays live" in worse.stderr
-        assert "is worse than the live" in worse.stderr
+        assert "user_tower recall@100 0.0000 against" in worse.stderr
         assert Release.current(shop.models_dir) == second
-        # The newest, the live one, and the one before it.
-        assert len(Release.names(shop.models_dir)) == 3
-        assert Release.previous(shop.models_dir) == first.name
+        # The newest, the live one, and the one before it stay.
+        assert Release.names(shop.models_dir) == [first.name, second, "third"]
+        with Store.open(shop) as store:
+            assert store.vectors.releases() == [first.name, second, "third"]
 
 
 def test_a_stage_that_fails_is_named_with_its_own_words_and_nothing_changes(settings, tmp_path):
