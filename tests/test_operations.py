@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -399,7 +397,7 @@ def test_retraining_goes_on_after_a_kill_promotes_keeps_out_what_is_worse_and_cl
         # As the live release was made, but for what was given.
         made = Release.open(shop.models_dir, second).manifest
         for part, other in (("item_tower", {}), ("user_tower", {}), ("reranker", {"epochs": 1})):
-            alike = {"release": "", "fresh": False, "data_dir": None}
+            alike = {"release": "", "fresh": False, "data_dir": None, "models_dir": None}
             assert {**made[part]["options"], **alike} == {**first.manifest[part]["options"], **alike, **other}
 
         # Another night: trained to the end, and found worse.
