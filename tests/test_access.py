@@ -6,9 +6,11 @@ import pytest
 from fastapi.routing import APIRoute, iter_route_contexts
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from api_controller.access import ADMIN, OPEN, PUBLIC, Buckets, beyond_this_machine, told_to_listen
 from api_controller.app import app
+from settings import ServiceSettings
 
 LEVELS = {OPEN.dependency: "open", PUBLIC.dependency: "public", ADMIN.dependency: "admin"}
 # FastAPI's own pages: they show what can be asked, and nothing of the shop.
@@ -91,6 +93,19 @@ def test_addresses_that_others_can_come_by(address):
 )
 def test_addresses_of_this_machine_alone(address):
     assert not beyond_this_machine(address)
+
+
+@pytest.mark.parametrize("origins", ["", "*", "https://shop.example", "http://localhost:3000 , https://a.b"])
+def test_origins_that_pages_may_come_from(origins):
+    assert ServiceSettings(cors_origins=origins, _env_file=None).cors_origins == origins
+
+
+@pytest.mark.parametrize(
+    "origins", ["shop.example", "https://shop.example/", "https://*.example", "*, https://a.b", "null"]
+)
+def test_what_is_no_origin_is_refused_at_the_start(origins):
+    with pytest.raises(ValidationError, match="cors_origins"):
+        ServiceSettings(cors_origins=origins, _env_file=None)
 
 
 @pytest.mark.parametrize(
