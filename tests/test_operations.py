@@ -190,6 +190,8 @@ def twin(shop: Settings, name: str, rows: int | None = None) -> Release:
         store.vectors.create(name, first.manifest["index"]["dimensions"])
         store.vectors.copy(name, store.vectors.fetch(first.name, ids[:rows]))
         store.releases.record(name, first.manifest)
+        if words := store.releases.words(first.name):  # rows may hold their ids
+            store.releases.add_words(name, list(words), first_id=min(words.values()))
     return Release(shop.models_dir / name)
 
 
