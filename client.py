@@ -12,7 +12,7 @@
         shop.add_events([Event(user_id="shopper-1", product_id=item.product_id, kind="click", at=datetime.now(UTC))])
 
 Bodies and answers are the service's own types. A call that may be repeated without harm is, when the connection broke or the
-service was busy (503, 429), after the time that it asks for; all but `rollback` may. Whatever else it refuses is a
+service was busy (503, 429), after the time that it asks for; all may but `rollback` and `put_rules`. Whatever else it refuses is a
 `StyleTowerError` with its own words.
 """
 
@@ -37,8 +37,16 @@ from api_controller.schemas import (
     RecommendAnswer,
     RecommendBody,
     ReleaseAnswer,
+    RulesAnswer,
+    RulesBody,
+    RulesCheckAnswer,
+    RulesCheckBody,
+    RulesListAnswer,
+    RulesLiveBody,
+    RulesVersionBody,
 )
 from catalog import Event, Profile, RawProduct, User
+from rules import DEFAULT, RuleSet
 
 Result = TypeVar("Result")
 
@@ -100,6 +108,27 @@ class StyleTower:
     def put_user(self, user_id: str, profile: Profile) -> User:
         """Set a shopper's profile: `shop.put_user("shopper-1", {"height_cm": 172, "weight_kg": 64})`."""
         return self._call("PUT", f"/users/{_part(user_id)}", User, ProfileBody(profile=profile))
+
+    # ------------------------------------------------------------------------------------------------------------- rules
+    def rules(self, name: str | None = None) -> RulesListAnswer:
+        """What rules there are, of one name or of all, and which were live when."""
+        return self._call("GET", "/rules", RulesListAnswer, params=None if name is None else {"name": name})
+
+    def rules_version(self, version: int, name: str = DEFAULT) -> RulesAnswer:
+        """One version, with its rules: `shop.rules_version(3).rules`."""
+        return self._call("GET", f"/rules/{version}", RulesAnswer, params={"name": name})
+
+    def check_rules(self, rules: RuleSet) -> RulesCheckAnswer:
+        """Whether rules would be taken: `shop.check_rules(RuleSet([{"kind": "at_most", "n": 2, "std": "category"}]))`."""
+        return self._call("POST", "/rules/check", RulesCheckAnswer, RulesCheckBody(rules=rules))
+
+    def put_rules(self, body: RulesBody) -> RulesAnswer:
+        """A new version, live at once unless `live=False`. Never repeated by itself: twice would be two versions."""
+        return self._call("PUT", "/rules", RulesAnswer, body, repeatable=False)
+
+    def make_rules_live(self, version: int, body: RulesLiveBody) -> RulesVersionBody:
+        """Make any version live, an earlier one too: `shop.make_rules_live(2, RulesLiveBody(note="back"))`."""
+        return self._call("POST", f"/rules/{version}/live", RulesVersionBody, body)
 
     # ---------------------------------------------------------------------------------------------------------- releases
     def releases(self) -> list[ReleaseAnswer]:

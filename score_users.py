@@ -3,8 +3,9 @@
     python score_users.py lists.parquet
     python score_users.py lists.parquet --users ids.txt -k 10
 
-Columns: user_id, rank (from 1), product_id, score, release. One release answers for everybody, and as of one moment. Killed, it
-goes on where it was when it is run again within 20 hours with the same options; what is done stands in `lists.parquet.parts/`.
+Columns: user_id, rank (from 1), product_id, score, release. One release and the live rules answer for everybody, as of one moment.
+Killed, it goes on where it was when it is run again within 20 hours with the same options; what is done stands in
+`lists.parquet.parts/`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 from recommender import Answer, Recommender, Request, UnavailableError
 from release import Release
+from rules import DEFAULT, NamedRules
 from settings import Settings, UserError, run_script
 from store import Store
 from text_encoder import TextEncoder
@@ -49,6 +51,7 @@ class ScoreOptions(Settings):
         None, description="text file of the shoppers to score, an id a line; else all with a profile or an event"
     )
     k: int = Field(20, ge=1, le=100, description="items of each list")
+    rule_set: str = Field(DEFAULT, description="by whose live rules the lists are arranged")
     release: str = Field("", description="release that answers; empty is the live one")
     part_users: int = Field(1000, ge=1, description="shoppers between two savings")
     threads: int = Field(2, ge=1, le=8, description="shoppers scored at once")
@@ -57,9 +60,10 @@ class ScoreOptions(Settings):
 class Parts:
     """A run's plan and what is done of it, in a folder beside the result."""
 
-    def __init__(self, options: ScoreOptions, release: str) -> None:
+    def __init__(self, options: ScoreOptions, release: str, rules: NamedRules | None) -> None:
         self.folder = options.out.with_name(options.out.name + ".parts")
         self.asked = {
+            "rules": [options.rule_set, rules.version if rules else None],
             "release": release,
             "k": options.k,
             "part_users": options.part_users,
@@ -142,14 +146,17 @@ def main(options: ScoreOptions) -> None:
     release = options.release or Release.current(options.models_dir) or ""
     Release.open(options.models_dir, release)
     text_encoder = TextEncoder.load(options)
-    parts = Parts(options, release)
     with Store.open(options) as store, ThreadPoolExecutor(options.threads) as threads:
-        users = parts.begin(asked_users(options, store))
         recommender = Recommender(store, options, text_encoder, release)
+        rules = recommender.rules(options.rule_set)
+        if rules is None and options.rule_set != DEFAULT:
+            raise UserError(f"no rules of the name {options.rule_set!r} are live")
+        parts = Parts(options, release, rules)
+        users = parts.begin(asked_users(options, store))
 
         def answer(user_id: str) -> Answer:
             try:
-                given = recommender.recommend(Request(user_id=user_id, k=options.k, now=parts.now))
+                given = recommender.recommend(Request(user_id, k=options.k, now=parts.now, rules=rules))
             except UnavailableError as error:
                 raise UserError(f"{error}; run the same command again to go on") from error
             if given.degraded:  # a popular list is no answer to keep
@@ -157,18 +164,17 @@ def main(options: ScoreOptions) -> None:
             return given
 
         starts = range(0, len(users), options.part_users)
-        unknown = 0
         with tqdm(total=len(users), desc="lists", unit="shopper") as bar:
             for number, start in enumerate(starts):
                 some = users[start : start + options.part_users]
                 if not parts.path(number).exists():
                     answers = list(threads.map(answer, some))
-                    unknown += sum(bool(given.warnings) for given in answers)
                     _replace(parts.path(number), rows_of(some, answers).write_parquet)
                 bar.update(len(some))
+        strangers = len(set(users).difference(store.users.read_ids()))
     parts.join(len(starts), options.out)
-    strangers = f", {unknown} of them nobody the shop knows" if unknown else ""
-    print(f"{options.out}: lists of {len(users)} shoppers{strangers}, release {release}")
+    unknown = f", {strangers} of them nobody the shop knows" if strangers else ""
+    print(f"{options.out}: lists of {len(users)} shoppers{unknown}, release {release}")
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ import pytest
 
 import keys
 import release as releases
-from api_controller.schemas import RecommendBody
+from api_controller.schemas import RecommendBody, RulesBody, RulesLiveBody
 from catalog import Event, RawProduct
 from client import StyleTower, StyleTowerError
 from release import PARTS, Release, delete
+from rules import RuleSet
 from settings import Settings, UserError
 from store import Store
 from tests.serving import ROOT, environment_of, eventually, serving
@@ -335,6 +336,15 @@ def test_a_batch_that_was_killed_ends_with_the_answers_of_the_api(shop, admin, t
     assert lists["user_id"].unique(maintain_order=True).to_list() == users[10:20] + users[20:]
     assert not parts.exists()
 
+    # By the rules that are live, as the API.
+    rules = RuleSet.model_validate([{"kind": "at_most", "n": 1, "std": "category"}])
+    version = admin.put_rules(RulesBody(rules=rules)).version
+
+    def all_workers_know(version: int) -> bool:
+        used = [admin.recommend(RecommendBody(k=1)).rules for _ in range(10)]
+        return {rules.version for rules in used if rules} == {version} and all(used)
+
+    eventually(lambda: all_workers_know(version))
     fresh = run("score_users.py", shop, *arguments)
     assert fresh.returncode == 0, fresh.stderr
     lists = pl.read_parquet(out)
@@ -346,6 +356,14 @@ def test_a_batch_that_was_killed_ends_with_the_answers_of_the_api(shop, admin, t
         assert own["product_id"].to_list() == [item.product_id for item in answer.items]
         assert own["rank"].to_list() == [1, 2, 3, 4, 5]
         assert own["score"].to_list() == pytest.approx([item.score for item in answer.items], abs=1e-3)
+        categories = [str(admin.item(product_id).std.get("category")) for product_id in own["product_id"]]
+        assert len(set(categories)) == len(categories)
+    after = admin.put_rules(RulesBody(rules=RuleSet([]))).version
+    eventually(lambda: all_workers_know(after))
+    assert [turn.version for turn in admin.rules().history][:2] == [after, version]
+    assert admin.rules_version(version).rules == rules
+    assert admin.make_rules_live(after, RulesLiveBody(note="still nothing")).live
+    assert not admin.check_rules(rules).warnings
 
 
 def test_a_batch_of_named_shoppers_says_who_is_unknown(shop, tmp_path):
