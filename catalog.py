@@ -10,7 +10,7 @@ import hashlib
 import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -72,6 +72,8 @@ Values = Annotated[list[Value], Field(max_length=MAX_VALUES), BeforeValidator(_a
 Moment = Annotated[datetime, AfterValidator(_utc)]
 Number = Annotated[float, AfterValidator(_finite)]
 Price = Annotated[float, Field(ge=0), AfterValidator(_finite)]
+# What a list may be; here, because the client of the API knows it without any model.
+ListKind = Literal["for_you", "similar", "basket", "because", "trending", "again"]
 Profile = dict[Identifier, Number]  # height_cm, weight_kg and any other numbers a shop has
 
 

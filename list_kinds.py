@@ -20,10 +20,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Generic, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Generic, TypeVar, get_args
 
 import numpy as np
 
+from catalog import ListKind
 from rule_search import Limits, Search
 from settings import Settings
 from store import Found, History, Purchases, Store, UserState
@@ -32,8 +33,7 @@ from tensors import DAY, KIND_WEIGHTS, OTHER_KIND_WEIGHT
 if TYPE_CHECKING:
     from recommender import LoadedRelease, Request
 
-Kind = Literal["for_you", "similar", "basket", "because", "trending", "again"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[ListKind, ...] = get_args(ListKind)
 
 # What a cart is linked to comes before everything else that is considered. More than scores ever differ, and not so much that
 # single precision loses their order.
@@ -76,7 +76,7 @@ class Anchor:
 class Plan:
     """What a request's kind makes of it."""
 
-    kind: Kind  # of the list that can be made
+    kind: ListKind  # of the list that can be made
     request: Request
     state: UserState
     warnings: Sequence[str] = ()

@@ -18,7 +18,7 @@ import psycopg
 import torch
 
 import list_kinds
-from catalog import Product, RawProduct, Rejected
+from catalog import ListKind, Product, RawProduct, Rejected
 from explain import Reason, explain, general_reason
 from extract_features import extract, fingerprints
 from model_user import fill_norms
@@ -71,7 +71,7 @@ class Request:
     k: int = 20
     now: float | None = None
     rules: NamedRules | None = None
-    kind: list_kinds.Kind = "for_you"
+    kind: ListKind = "for_you"
     product_id: str | None = None  # that a list of kind "similar" or "because" is about
     cart: Sequence[str] = ()  # that a list of kind "basket" completes
     explain: bool = True  # off saves the time
@@ -109,7 +109,7 @@ class Answer:
     warnings: list[str]
     degraded: bool = False
     rules: RulesUsed | None = None
-    kind: list_kinds.Kind = "for_you"  # of this list, whatever was asked for
+    kind: ListKind = "for_you"  # of this list, whatever was asked for
     anchor: list_kinds.Anchor | None = None  # the product that it is about
 
 

@@ -156,7 +156,7 @@ def main(options: ScoreOptions) -> None:
 
         def answer(user_id: str) -> Answer:
             try:
-                given = recommender.recommend(Request(user_id, k=options.k, now=parts.now, rules=rules))
+                given = recommender.recommend(Request(user_id, k=options.k, now=parts.now, rules=rules, explain=False))
             except UnavailableError as error:
                 raise UserError(f"{error}; run the same command again to go on") from error
             if given.degraded:  # a popular list is no answer to keep

@@ -8,9 +8,8 @@ from typing import Annotated, Any
 from fastapi import Path
 from pydantic import BaseModel, ConfigDict, Field
 
-from catalog import Identifier, Moment, Price, Profile, Text, Value, Values
+from catalog import Identifier, ListKind, Moment, Price, Profile, Text, Value, Values
 from experiments import Arm, Arms
-from list_kinds import Kind
 from rules import DEFAULT, Days, RuleSet
 
 MAX_K = 100
@@ -62,7 +61,7 @@ class RecommendBody(BaseModel):
     )
 
     kind: Annotated[
-        Kind, Field(description="for_you; similar, because: about product_id; basket: with cart; trending; again")
+        ListKind, Field(description="for_you; similar, because: about product_id; basket: with cart; trending; again")
     ] = "for_you"
     product_id: Annotated[Identifier | None, Field(description="of kinds similar and because")] = None
     cart: Annotated[list[Identifier], Field(max_length=MAX_LIST, description="of kind basket")] = []

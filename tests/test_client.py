@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -14,6 +16,7 @@ import client
 from api_controller.schemas import RecommendBody
 from catalog import Event
 from client import StyleTower, StyleTowerError
+from tests.serving import ROOT
 
 STORED = {"stored": 1, "duplicates": 0, "unknown_products": []}
 EVENT = Event(user_id="u", product_id="p", at=datetime(2026, 6, 30, tzinfo=UTC))
@@ -65,6 +68,12 @@ def shop(script, monkeypatch) -> Iterator[StyleTower]:
     monkeypatch.setattr(client, "FIRST_WAIT", 0.0)
     with StyleTower(script.url, key="secret") as shop:
         yield shop
+
+
+def test_it_is_light():
+    """A script that asks for a list does not wait for models to be imported."""
+    command = "import sys, client; print(sorted({'torch', 'transformers', 'psycopg', 'polars'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
 
 
 @pytest.mark.parametrize("trouble", [BUSY, HANG_UP, (429, {"detail": "too many"}, {"Retry-After": "0"})])
