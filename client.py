@@ -29,6 +29,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from api_controller.schemas import (
     EventsAnswer,
+    ExperimentBody,
     Health,
     NeighbourBody,
     ProductAnswer,
@@ -37,6 +38,7 @@ from api_controller.schemas import (
     RecommendAnswer,
     RecommendBody,
     ReleaseAnswer,
+    ReportAnswer,
     RulesAnswer,
     RulesBody,
     RulesCheckAnswer,
@@ -44,6 +46,9 @@ from api_controller.schemas import (
     RulesListAnswer,
     RulesLiveBody,
     RulesVersionBody,
+    StartedExperiment,
+    ViewBody,
+    ViewsAnswer,
 )
 from catalog import Event, Profile, RawProduct, User
 from rules import DEFAULT, RuleSet
@@ -105,6 +110,10 @@ class StyleTower:
         `shop.add_events([Event(user_id="shopper-1", product_id="product-17", kind="cart", at=datetime.now(UTC))])`."""
         return self._call("POST", "/events", EventsAnswer, events)
 
+    def add_views(self, views: Sequence[ViewBody]) -> ViewsAnswer:
+        """Which places of a list were seen: `shop.add_views([ViewBody(list_id=answer.list_id, positions=[1, 2, 3])])`."""
+        return self._call("POST", "/impressions", ViewsAnswer, views)
+
     def put_user(self, user_id: str, profile: Profile) -> User:
         """Set a shopper's profile: `shop.put_user("shopper-1", {"height_cm": 172, "weight_kg": 64})`."""
         return self._call("PUT", f"/users/{_part(user_id)}", User, ProfileBody(profile=profile))
@@ -129,6 +138,26 @@ class StyleTower:
     def make_rules_live(self, version: int, body: RulesLiveBody) -> RulesVersionBody:
         """Make any version live, an earlier one too: `shop.make_rules_live(2, RulesLiveBody(note="back"))`."""
         return self._call("POST", f"/rules/{version}/live", RulesVersionBody, body)
+
+    # ------------------------------------------------------------------------------------------------------- experiments
+    def experiments(self) -> list[StartedExperiment]:
+        """Every version of every experiment, the newest first."""
+        return self._call("GET", "/experiments", list[StartedExperiment])
+
+    def start_experiment(self, name: str, body: ExperimentBody) -> StartedExperiment:
+        """Two releases, or rule sets, side by side:
+        `shop.start_experiment("new", ExperimentBody(arms=[Arm(name="old", share=0.5), Arm(name="new", share=0.5, release=...)]))`.
+        """
+        return self._call("PUT", f"/experiments/{_part(name)}", StartedExperiment, body)
+
+    def stop_experiment(self, name: str) -> StartedExperiment:
+        """From now on the live release answers everybody."""
+        return self._call("POST", f"/experiments/{_part(name)}/stop", StartedExperiment)
+
+    def report(self, name: str, version: int | None = None) -> ReportAnswer:
+        """What the shoppers of each arm did, and whether the arms differ: `shop.report("new").differences`."""
+        params = None if version is None else {"version": version}
+        return self._call("GET", f"/experiments/{_part(name)}/report", ReportAnswer, params=params)
 
     # ---------------------------------------------------------------------------------------------------------- releases
     def releases(self) -> list[ReleaseAnswer]:

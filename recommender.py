@@ -181,10 +181,8 @@ class LoadedRelease:
 class Recommender:
     """Answers requests with the live release. Safe to call from several threads."""
 
-    def __init__(self, store: Store, settings: Settings, text_encoder: TextEncoder, release: str = "") -> None:
-        """`release`: the one to answer with, whatever is live; empty follows the live one."""
+    def __init__(self, store: Store, settings: Settings, text_encoder: TextEncoder) -> None:
         self.store, self.settings, self.text_encoder = store, settings, text_encoder
-        self._release = release
         self._lock = threading.RLock()  # warming up a release may learn its words
         self._loaded: LoadedRelease | None = None
         self._others: dict[str, LoadedRelease] = {}  # named by requests, the one used last at the end
@@ -198,7 +196,7 @@ class Recommender:
     # ---------------------------------------------------------------------------------------------------------- releases
     def live(self) -> LoadedRelease:
         """The live release, reloaded when the pointer has moved. Raises UnavailableError when nothing is live."""
-        name = self._release or Release.current(self.settings.models_dir)
+        name = Release.current(self.settings.models_dir)
         loaded = self._loaded
         if loaded is not None and loaded.name == name:
             return loaded

@@ -374,7 +374,8 @@ def rollback(store: Store, models_dir: Path, text_encoder: TextEncoder | None = 
 
 
 def delete(store: Store, models_dir: Path, name: str) -> None:
-    """Remove a release: its vectors, what the database knows of it, and its folder. Raises UserError when it is live or not there.
+    """Remove a release: its vectors, what the database knows of it, and its folder. Raises UserError when it is live, part of
+    an experiment that runs, or not there.
 
     May be repeated when it was interrupted.
     """
@@ -384,6 +385,9 @@ def delete(store: Store, models_dir: Path, name: str) -> None:
     with _promotions(models_dir):  # nobody makes it live meanwhile
         if Release.current(models_dir) == name:
             raise UserError(f"release {name} is live; promote another one first")
+        experiment = store.experiments.running()
+        if experiment is not None and name in {arm.release for arm in experiment.arms}:
+            raise UserError(f"release {name} answers in the experiment {experiment.name!r}; stop that first")
         if name in store.vectors.releases():
             store.vectors.drop(name)
         store.releases.delete(name)

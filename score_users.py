@@ -147,20 +147,25 @@ def main(options: ScoreOptions) -> None:
     Release.open(options.models_dir, release)
     text_encoder = TextEncoder.load(options)
     with Store.open(options) as store, ThreadPoolExecutor(options.threads) as threads:
-        recommender = Recommender(store, options, text_encoder, release)
+        recommender = Recommender(store, options, text_encoder)
         rules = recommender.rules(options.rule_set)
         if rules is None and options.rule_set != DEFAULT:
             raise UserError(f"no rules of the name {options.rule_set!r} are live")
         parts = Parts(options, release, rules)
         users = parts.begin(asked_users(options, store))
 
+        def asked(user_id: str) -> Request:
+            return Request(user_id, k=options.k, now=parts.now, rules=rules, explain=False, release=release)
+
         def answer(user_id: str) -> Answer:
             try:
-                given = recommender.recommend(Request(user_id, k=options.k, now=parts.now, rules=rules, explain=False))
+                given = recommender.recommend(asked(user_id))
             except UnavailableError as error:
                 raise UserError(f"{error}; run the same command again to go on") from error
             if given.degraded:  # a popular list is no answer to keep
                 raise UserError("the database does not answer; run the same command again to go on")
+            if given.release != release:
+                raise UserError(given.warnings[0])
             return given
 
         starts = range(0, len(users), options.part_users)

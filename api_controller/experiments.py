@@ -11,6 +11,7 @@ from uuid import uuid4
 from fastapi import APIRouter, HTTPException, Query
 
 import recommender as pipeline
+from api_controller.access import ADMIN
 from api_controller.schemas import (
     ArmReport,
     DifferenceBody,
@@ -28,7 +29,7 @@ from rules import DEFAULT
 from settings import UserError
 from store import Impression
 
-router = APIRouter(tags=["experiments"])
+router = APIRouter(tags=["experiments"], dependencies=[ADMIN])
 
 FEW_SHOPPERS = 100  # of an arm; with fewer, 95 % intervals by the normal distribution promise too much
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Body
 
+from api_controller.access import PUBLIC
 from api_controller.schemas import ViewBody, ViewsAnswer
 from api_controller.service import ServiceDep, listed
 
@@ -14,7 +15,7 @@ router = APIRouter(tags=["impressions"])
 VIEW_EXAMPLE: list[Any] = [{"list_id": "0b8a4c1de3f24f6f9a3d5c7e8f901234", "positions": [1, 2, 3, 4]}]
 
 
-@router.post("/impressions")
+@router.post("/impressions", dependencies=[PUBLIC])
 async def impressions(
     body: Annotated[ViewBody | list[ViewBody], Body(examples=VIEW_EXAMPLE)], service: ServiceDep
 ) -> ViewsAnswer:

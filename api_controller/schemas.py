@@ -128,10 +128,10 @@ class RulesUsedBody(BaseModel):
 
 
 class RecommendAnswer(BaseModel):
-    kind: str
-    anchor: AnchorBody | None
     """`list_id` goes back with events and impressions; `experiment` and `arm` say what the list counts for, if it does."""
 
+    kind: str
+    anchor: AnchorBody | None
     list_id: str
     experiment: str | None
     arm: str | None

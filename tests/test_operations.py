@@ -13,9 +13,10 @@ import pytest
 
 import keys
 import release as releases
-from api_controller.schemas import RecommendBody, RulesBody, RulesLiveBody
+from api_controller.schemas import ExperimentBody, RecommendBody, RulesBody, RulesLiveBody, ViewBody
 from catalog import Event, RawProduct
 from client import StyleTower, StyleTowerError
+from experiments import Arm
 from release import PARTS, Release, delete
 from rules import RuleSet
 from settings import Settings, UserError
@@ -242,6 +243,22 @@ def test_what_cannot_go_live_is_refused_with_the_reason_and_the_live_one_stays(s
     with Store.open(shop) as store:
         for name in ("zz-unfinished", "zz-damaged", "zz-empty", "zz-foreign"):
             delete(store, shop.models_dir, name)
+
+
+def test_a_release_that_answers_in_an_experiment_is_not_deleted(shop, admin):
+    trained(shop).make_live()
+    twin(shop, "fifth")
+    arms = [Arm(name="old", share=0.5), Arm(name="new", share=0.5, release="fifth")]
+    assert admin.start_experiment("twins", ExperimentBody(arms=arms)).version == 1
+    answer = admin.recommend(RecommendBody(user_id="by-client", k=5))
+    assert admin.add_views([ViewBody(list_id=answer.list_id, positions=[1, 2])]).stored == 1
+    with Store.open(shop) as store:
+        with pytest.raises(UserError, match="answers in the experiment 'twins'; stop that first"):
+            delete(store, shop.models_dir, "fifth")
+        assert [arm.arm for arm in admin.report("twins").report] == ["old", "new"]
+        assert admin.stop_experiment("twins").stopped_at is not None
+        assert [one.name for one in admin.experiments()] == ["twins"]
+        delete(store, shop.models_dir, "fifth")
 
 
 def test_what_came_while_another_release_was_live_is_known_after_the_way_back(shop, admin):
