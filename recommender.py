@@ -573,8 +573,15 @@ class Recommender:
             return rejected
         for name in dict.fromkeys([loaded.name, *releases]):
             beside, warnings = self.release(name)
-            if not warnings:
+            if warnings:
+                continue
+            try:
                 self.index(beside, [extraction.product for extraction in extractions])
+            except psycopg.errors.UndefinedTable:  # its experiment was stopped and it was deleted, a moment ago
+                if beside is loaded:
+                    raise
+                with self._lock:
+                    self._note_damaged(name, "its vectors are gone from the database")
         return rejected
 
     def catch_up(self) -> int:

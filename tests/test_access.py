@@ -44,6 +44,8 @@ def test_what_a_web_page_may_do_and_what_not():
         ("PUT", "/users/{user_id}"),
         ("GET", "/metrics"),
         ("POST", "/releases/rollback"),
+        ("PUT", "/rules"),
+        ("PUT", "/experiments/{name}"),
     ):
         assert found[route] == "admin"
 
