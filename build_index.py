@@ -151,7 +151,7 @@ def main(options: IndexOptions) -> None:
     encoder = ItemEncoder(release, TextEncoder.load(options))
     with Store.open(options) as store:
         origins = store.products.origins()
-        shop = ShopData.load(store, encoder, release.manifest["user_tower"]["popularity_windows"])
+        shop = ShopData.of_release(store, encoder, release)
         rows, norm = index_rows(shop, release)
         links = shop.links(shop.now)
         store.vectors.create(release.name, rows.shape[1])

@@ -56,7 +56,7 @@ class ItemLinks:
     @classmethod
     def before(cls, histories: Histories, moment: float, group: np.ndarray) -> ItemLinks:
         """From what shoppers did before that moment (epoch seconds), skips aside."""
-        counted = (histories.at < moment) & (histories.weight > 0)
+        counted = (histories.at < moment) & (histories.worth > 0)
         return cls.build(histories.user[counted], histories.item[counted], group)
 
     def scores(

@@ -6,7 +6,7 @@ body, and what was wanted by then. `ShopData` builds exactly that, for the user 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,9 +14,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from catalog import Number
 from item_links import ItemLinks, group_numbers
 from model_user import UserTower
-from release import ItemEncoder
+from release import ItemEncoder, Release
 from settings import UserError
 from store import Store
 from tensors import (
@@ -39,6 +40,10 @@ class HoldOutOptions(TrainOptions):
     """Of the stages that learn from events."""
 
     validation_share: float = Field(0.1, gt=0, lt=0.9, description="share of events, the newest, held out first")
+    event_weights: dict[str, Number] = Field(
+        {},
+        description='what an event of a kind counts, as JSON such as {"cart": 3, "purchase": 5, "skip": 0}; docs/data.md',
+    )
 
 
 def validation_start(at: np.ndarray, share: float) -> float:
@@ -65,8 +70,14 @@ class ShopData:
     newest: float  # epoch seconds of the newest event
 
     @classmethod
-    def load(cls, store: Store, encoder: ItemEncoder, windows: Sequence[Sequence[float]]) -> ShopData:
-        """Read everything; `windows` of popularity as in `Popularity`. Raises UserError when there is nothing to learn from."""
+    def load(
+        cls, store: Store, encoder: ItemEncoder, windows: Sequence[Sequence[float]],
+        kind_weights: Mapping[str, float] = {},
+    ) -> ShopData:  # fmt: skip
+        """Read everything; `windows` of popularity as in `Popularity`, `kind_weights` as in `Histories.build`.
+
+        Raises UserError when there is nothing to learn from.
+        """
         products = store.products.read_features()
         if not products:
             raise UserError("no product has features yet; run import_data.py and extract_features.py first")
@@ -74,7 +85,7 @@ class ShopData:
         log = store.events.read()
         if len(log.at) == 0:
             raise UserError("there are no events yet; import some with import_data.py")
-        histories = Histories.build(log, items.product_ids)
+        histories = Histories.build(log, items.product_ids, kind_weights)
         commerce = store.products.read_commerce()
         row_of = {product_id: row for row, product_id in enumerate(commerce.product_ids)}
         rows = np.array([row_of[product_id] for product_id in items.product_ids])
@@ -85,11 +96,17 @@ class ShopData:
             commerce.price[rows],
             group_numbers([commerce.group_id[row] for row in rows]),
             histories,
-            Popularity.fit(histories.item, histories.at, commerce.arrived_at[rows], windows),
+            Popularity.fit(histories.item, histories.at, commerce.arrived_at[rows], windows, histories.worth),
             [profiles.get(user_id, {}) for user_id in histories.user_ids],
             encoder.text_encoder.cached_pooled(histories.contexts),
             float(histories.at.max(initial=0.0)),
         )
+
+    @classmethod
+    def of_release(cls, store: Store, encoder: ItemEncoder, release: Release) -> ShopData:
+        """The shop as the release's user tower saw it: the same windows and weights, everything that happened since."""
+        trained = release.manifest["user_tower"]
+        return cls.load(store, encoder, trained["popularity_windows"], trained["options"].get("event_weights", {}))
 
     def without_figures(self, figures: Sequence[str]) -> ShopData:
         """The same shop where no profile has these figures. Raises UserError when there is one that none has anyway."""
@@ -108,7 +125,7 @@ class ShopData:
         """Events to learn to foresee: a shopper's first meeting with an item, in [start, end), of a kind that counts."""
         histories = self.histories
         inside = (histories.at >= max(start, histories.at.min(initial=0.0) + WARM_UP)) & (histories.at < end)
-        return np.flatnonzero(inside & histories.first_meeting & (histories.weight > 0))
+        return np.flatnonzero(inside & histories.first_meeting)
 
     def popularity_as_of(self, moment: float) -> Tensor:
         """Popularity coordinates of the whole catalogue: float32 [N, P]."""

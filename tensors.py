@@ -32,6 +32,7 @@ MAX_HISTORY_IDS = 24  # STD and RE ids that summarise a shopper's history for th
 # What an event says about wanting, relative to a look. A skip is remembered but is nothing to aim for.
 KIND_WEIGHTS = {"view": 1.0, "click": 1.0, "cart": 2.0, "purchase": 4.0, "skip": 0.0}
 OTHER_KIND_WEIGHT = 1.0
+INTEREST = 1.0  # what an event counts in popularity, a skip aside
 KIND_IDS = {kind: number for number, kind in enumerate(KIND_WEIGHTS, start=1)}  # 0: a shop's own kind
 KINDS = len(KIND_IDS) + 1
 
@@ -220,12 +221,13 @@ class ProfileScaler:
 # ---------------------------------------------------------------------------------------------------------- popularity
 @dataclass(frozen=True)
 class Popularity:
-    """How wanted each item was at any moment: counts over trailing windows, age, and whether it ever sold.
+    """How wanted each item was at any moment: what happened in trailing windows, age, and whether anything ever did.
 
     A lookup is a binary search in one sorted array, so coordinates as of any time cost no table of days by items.
     """
 
-    keys: np.ndarray  # float64 sorted: item * span + (time - origin)
+    keys: np.ndarray  # float64 [E] sorted: item * span + (time - origin)
+    worth_before: np.ndarray  # float64 [E + 1], worth of the events before each key, and of all
     arrived: np.ndarray  # float64 [N] epoch seconds, nan if never seen
     first_event: np.ndarray  # float64 [N] epoch seconds, inf if no event yet
     origin: float
@@ -234,27 +236,39 @@ class Popularity:
 
     @classmethod
     def fit(
-        cls, item: np.ndarray, at: np.ndarray, arrived_at: np.ndarray, windows: Sequence[Sequence[float]]
-    ) -> Popularity:
-        """From events (`item` int [E], `at` epoch seconds [E]) and known arrival times ([N], nan if unknown)."""
+        cls, item: np.ndarray, at: np.ndarray, arrived_at: np.ndarray, windows: Sequence[Sequence[float]],
+        worth: np.ndarray | None = None,
+    ) -> Popularity:  # fmt: skip
+        """From events (`item` int [E], `at` epoch seconds [E]) and known arrival times ([N], nan if unknown).
+
+        `worth` float64 [E] says what an event counts, else 1; one that is worth nothing did not happen.
+        """
+        if worth is None:
+            worth = np.full(len(item), INTEREST)
+        item, at, worth = item[worth > 0], at[worth > 0], worth[worth > 0]
         origin = float(at.min(initial=np.inf)) if len(at) else 0.0
         latest = float(at.max(initial=-np.inf)) if len(at) else 0.0
         span = 2.0 * (latest - origin + DAY)
         first = np.full(len(arrived_at), np.inf)
         np.minimum.at(first, item, at)
         arrived = np.where(np.isnan(arrived_at), np.where(np.isinf(first), np.nan, first), arrived_at)
-        keys = np.sort(item.astype(np.float64) * span + (at - origin))
-        return cls(keys, arrived, first, origin, span, tuple((begin, end) for begin, end in windows))
+        keys = item.astype(np.float64) * span + (at - origin)
+        order = np.argsort(keys, kind="stable")
+        worth_before = np.concatenate([[0.0], np.cumsum(worth[order])])
+        return cls(
+            keys[order], worth_before, arrived, first, origin, span, tuple((begin, end) for begin, end in windows)
+        )
 
     @property
     def width(self) -> int:
         return len(self.windows) + 2
 
     def counts(self, items: np.ndarray, as_of: float, begin: float, end: float = 0.0) -> np.ndarray:
-        """Events on each item from `begin` to `end` days before `as_of` (the moment itself excluded): int [M]."""
+        """Worth of the events on each item from `begin` to `end` days before `as_of` (the moment itself excluded): float64 [M]."""
         base = items.astype(np.float64) * self.span
         first, stop = (np.clip(as_of - days * DAY - self.origin, 0.0, self.span / 2) for days in (begin, end))
-        return np.searchsorted(self.keys, base + stop) - np.searchsorted(self.keys, base + first)
+        before = self.worth_before
+        return before[np.searchsorted(self.keys, base + stop)] - before[np.searchsorted(self.keys, base + first)]
 
     def coordinates(self, items: np.ndarray, as_of: float) -> np.ndarray:
         """float32 [M, width]: log counts by window, log age in days, and 1 where no event came before `as_of`."""
@@ -283,19 +297,30 @@ class Histories:
     user: np.ndarray  # int32 [E]
     instant_start: np.ndarray  # int64 [E], first event of the same user and instant
     instant_end: np.ndarray  # int64 [E], one past the last
-    first_meeting: np.ndarray  # bool [E], no earlier event of this user on this item
+    first_meeting: np.ndarray  # bool [E], of worth, and no earlier such event of this user on this item
     weight: np.ndarray  # float32 [E], the strongest kind this user ever reached with the item
+    worth: np.ndarray  # float64 [E], what the event says about wanting; nothing or less for a skip
 
     @classmethod
-    def build(cls, log: EventLog, product_ids: Sequence[str]) -> Histories:
-        """From the event log; events on products outside `product_ids` (no features yet) are left out."""
+    def build(
+        cls, log: EventLog, product_ids: Sequence[str], kind_weights: Mapping[str, float] | None = None
+    ) -> Histories:
+        """From the event log; events on products outside `product_ids` (no features yet) are left out.
+
+        `kind_weights` says what a kind counts, as a target and in popularity, where that is not KIND_WEIGHTS and 1.
+        """
         row_of = {product_id: row for row, product_id in enumerate(product_ids)}
         item = np.array([row_of.get(product_id, -1) for product_id in log.product_ids], dtype=np.int32)[log.product]
         keep = np.flatnonzero(item >= 0)
         order = keep[np.lexsort((log.product[keep], log.at[keep], log.user[keep]))]
         user, item, at = log.user[order], item[order], log.at[order]
         kind_ids = np.array([KIND_IDS.get(kind, 0) for kind in log.kinds], dtype=np.int8)
-        kind_weights = np.array([KIND_WEIGHTS.get(kind, OTHER_KIND_WEIGHT) for kind in log.kinds], dtype=np.float32)
+        given = kind_weights or {}
+        as_target = {**KIND_WEIGHTS, **given}
+        target_weights = np.array([as_target.get(kind, OTHER_KIND_WEIGHT) for kind in log.kinds], dtype=np.float32)
+        # A kind that is nothing to aim for is no sign of interest either.
+        worth_of = [given.get(kind, INTEREST if as_target.get(kind, INTEREST) > 0 else 0.0) for kind in log.kinds]
+        worth = np.array(worth_of, dtype=np.float64)[log.kind[order]]
 
         starts = np.searchsorted(user, np.arange(len(log.user_ids) + 1))
         new_instant = np.ones(len(order), dtype=bool)
@@ -305,14 +330,15 @@ class Histories:
         instant_end = np.append(instant_start[1:], len(order))
 
         pair = user.astype(np.int64) * max(1, len(product_ids)) + item
-        _, first, pair_of = np.unique(pair, return_index=True, return_inverse=True)
+        pairs, pair_of = np.unique(pair, return_inverse=True)
+        wanted = np.flatnonzero(worth > 0)
         first_meeting = np.zeros(len(order), dtype=bool)
-        first_meeting[first] = True
-        weight = np.zeros(len(first), dtype=np.float32)
-        np.maximum.at(weight, pair_of, kind_weights[log.kind[order]])
+        first_meeting[wanted[np.unique(pair[wanted], return_index=True)[1]]] = True
+        weight = np.zeros(len(pairs), dtype=np.float32)
+        np.maximum.at(weight, pair_of, target_weights[log.kind[order]])
         return cls(
             log.user_ids, starts, item, kind_ids[log.kind[order]], at, log.context[order], log.contexts, user,
-            instant_start[instant], instant_end[instant], first_meeting, weight[pair_of],
+            instant_start[instant], instant_end[instant], first_meeting, weight[pair_of], worth,
         )  # fmt: skip
 
     def lengths(self, rows: np.ndarray, length: int, with_basket: bool = False) -> np.ndarray:

@@ -344,7 +344,7 @@ def main(options: RerankerOptions) -> None:
     if "user_tower" not in release.manifest:
         raise UserError(f"release {release.name} has no user tower yet; run train_user.py first")
     with Store.open(options) as store:
-        shop = ShopData.load(store, encoder, release.manifest["user_tower"]["popularity_windows"])
+        shop = ShopData.of_release(store, encoder, release)
         shown, why = impressions_to_use(store, release, options)
     if PartialState().is_main_process:
         print(why)

@@ -170,7 +170,7 @@ def main(options: SimcseOptions) -> None:
     group_of = dict(zip(commerce.product_ids, commerce.group_id, strict=True))
     numbers = group_numbers([group_of.get(product.product_id) for product in products])
     groups = torch.from_numpy(numbers)
-    histories = Histories.build(log, features.product_ids)
+    histories = Histories.build(log, features.product_ids, options.event_weights)
     held_out_from = validation_start(histories.at, options.validation_share)
     links = ItemLinks.before(histories, held_out_from, numbers)
 

@@ -302,7 +302,8 @@ def main(options: UserOptions) -> None:
     if options.season_days:
         windows.append((YEAR, YEAR - options.season_days))
     with Store.open(options) as store:
-        shop = ShopData.load(store, encoder, windows).without_figures(options.unread_figures)
+        shop = ShopData.load(store, encoder, windows, options.event_weights)
+        shop = shop.without_figures(options.unread_figures)
     split = validation_start(shop.histories.at, options.validation_share)
     known_until = release.manifest["item_tower"].get("pairs_until")
     if known_until is not None and split < known_until:

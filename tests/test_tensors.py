@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from catalog import FeatureSchema, Product
+from item_links import SHRINKAGE, ItemLinks
 from store import EventLog
 from tensors import (
     DAY,
@@ -223,6 +224,83 @@ def test_first_meetings_and_the_strongest_kind():
     histories = Histories.build(log(EVENTS), ["a", "b", "c"])
     assert histories.first_meeting.tolist() == [True, True, True, False, True]
     assert histories.weight.tolist() == [4.0, 1.0, 4.0, 4.0, 1.0]
+
+
+SKIPPED = [
+    ("u", "a", "skip", 1),
+    ("u", "a", "purchase", 2),
+    ("u", "b", "skip", 3),
+    ("u", "c", "wishlist", 4),
+    ("u", "c", "view", 5),
+]
+
+
+def test_a_skip_is_history_but_no_sign_of_interest():
+    histories = Histories.build(log(SKIPPED), ["a", "b", "c"])
+    assert histories.item.tolist() == [0, 0, 1, 2, 2]
+    assert histories.kind.tolist() == [5, 4, 5, 0, 1]  # a skip has a kind of its own, for the tower to read
+    assert histories.worth.tolist() == [0.0, 1.0, 0.0, 1.0, 1.0]
+    assert histories.first_meeting.tolist() == [False, True, False, True, False]  # a skip is no meeting
+    assert histories.weight.tolist() == [4.0, 4.0, 0.0, 1.0, 1.0]
+    nowhere = Popularity.fit(histories.item, histories.at, np.full(3, np.nan), [(99.0, 0.0)], histories.worth)
+    assert nowhere.counts(np.arange(3), 100 * DAY, 100.0).tolist() == [1, 0, 2]
+    assert nowhere.coordinates(np.arange(3), 100 * DAY)[:, -1].tolist() == [0.0, 1.0, 0.0]  # b was never wanted
+
+
+def test_a_skip_links_nothing():
+    """Both shoppers had a and b before them; one of them skipped b, and took it in the end."""
+    events = [
+        ("u", "a", "view", 1),
+        ("u", "b", "view", 2),
+        ("v", "a", "view", 1),
+        ("v", "b", "skip", 2),
+        ("v", "b", "cart", 9),
+    ]
+    histories = Histories.build(log(events), ["a", "b"])
+    strengths = [ItemLinks.before(histories, day * DAY, np.arange(2)).together[0, 1] for day in (3, 10)]
+    np.testing.assert_allclose(
+        strengths, [1 / np.sqrt((2 + SHRINKAGE) * (1 + SHRINKAGE)), 2 / (2 + SHRINKAGE)], rtol=1e-6
+    )
+
+
+def test_what_a_kind_counts_can_be_said():
+    weights = {"wishlist": 3.0, "view": 0.0, "skip": -1.0}
+    histories = Histories.build(log(SKIPPED), ["a", "b", "c"], weights)
+    assert histories.worth.tolist() == [-1.0, 1.0, -1.0, 3.0, 0.0]
+    assert histories.first_meeting.tolist() == [False, True, False, True, False]
+    assert histories.weight.tolist() == [4.0, 4.0, 0.0, 3.0, 3.0]
+    popularity = Popularity.fit(histories.item, histories.at, np.full(3, np.nan), [(99.0, 0.0)], histories.worth)
+    assert popularity.counts(np.arange(3), 100 * DAY, 100.0).tolist() == [1, 0, 3]
+    assert popularity.counts(np.arange(3), 5 * DAY, 2.0).tolist() == [0, 0, 3]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            *[
+                st.sampled_from("uvw"),
+                st.sampled_from("abc"),
+                st.sampled_from(["view", "cart", "own"]),
+                st.integers(0, 9),
+            ]
+        ),
+        min_size=1,
+    ),
+    st.integers(0, 10),
+)
+def test_without_skips_everything_is_as_if_kinds_had_no_worth(events, as_of):
+    """Every event counts one: first meetings, counts and coordinates are those of plain counting."""
+    histories = Histories.build(log(events), ["a", "b", "c"])
+    met = set()
+    for row in range(len(histories.item)):
+        pair = (int(histories.user[row]), int(histories.item[row]))
+        assert histories.first_meeting[row] == (pair not in met)
+        met.add(pair)
+    popularity = Popularity.fit(histories.item, histories.at, np.full(3, np.nan), [(5.0, 0.0)], histories.worth)
+    inside = (histories.at < as_of * DAY) & (histories.at >= (as_of - 5) * DAY)
+    counts = np.bincount(histories.item[inside], minlength=3)
+    found = popularity.coordinates(np.arange(3), as_of * DAY)[:, 0]
+    assert found.tobytes() == (np.log1p(counts) / 4.0).astype(np.float32).tobytes()
 
 
 def test_events_on_products_without_features_are_left_out():
