@@ -9,10 +9,20 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 # Events outside this window are clock errors (epoch zero, year 20170), not shopping.
 EARLIEST = datetime(1990, 1, 1, tzinfo=UTC)
@@ -21,6 +31,8 @@ LATEST = datetime(2100, 1, 1, tzinfo=UTC)
 MAX_ID = 200  # characters; ids become index keys
 MAX_TEXT = 20_000  # characters of one title, description or context
 MAX_VALUES = 200  # values of one attribute
+# A shopper without an account goes by `session:` and the session's id wherever a user id stands, so no user id begins so.
+SESSION = "session:"
 
 
 def _no_nul(text: str) -> str:
@@ -37,6 +49,12 @@ def _identifier(text: str) -> str:
     if text != text.strip():
         raise ValueError("starts or ends with white space")
     return _no_nul(text)
+
+
+def _user_id(text: str) -> str:
+    if text.startswith(SESSION):
+        raise ValueError(f"begins with {SESSION!r}, which is kept for sessions; send the rest as session_id")
+    return text
 
 
 def _utc(moment: datetime) -> datetime:
@@ -66,6 +84,7 @@ def _as_text(value: Any) -> Any:
 Identifier = Annotated[
     str, Field(min_length=1, max_length=MAX_ID), BeforeValidator(_as_text), AfterValidator(_identifier)
 ]
+UserId = Annotated[Identifier, AfterValidator(_user_id)]
 Text = Annotated[str, Field(max_length=MAX_TEXT), AfterValidator(_no_nul)]
 Value = Annotated[str, Field(max_length=MAX_ID), BeforeValidator(_as_text), AfterValidator(_no_nul)]
 Values = Annotated[list[Value], Field(max_length=MAX_VALUES), BeforeValidator(_as_list)]
@@ -103,6 +122,16 @@ class Product(_Record):
     re: dict[str, list[str]] = {}
 
 
+def oldest_event(days: int) -> datetime:
+    """Events from before are not kept, when events are kept for so many days; 0 is for ever."""
+    return datetime.now(UTC) - timedelta(days=days) if days else EARLIEST
+
+
+def session_key(session_id: str) -> str:
+    """What stands as the user id of a session that belongs to nobody yet."""
+    return SESSION + session_id
+
+
 def event_id_of(user_id: str, product_id: str, kind: str, at: datetime) -> str:
     """The id of an event whose sender gave none: the same act at the same moment (`at` in UTC) is one event."""
     key = "\x1f".join((user_id, product_id, kind, at.isoformat()))
@@ -110,15 +139,34 @@ def event_id_of(user_id: str, product_id: str, kind: str, at: datetime) -> str:
 
 
 class Event(_Record):
-    """One thing a shopper did. Sent twice, it counts once: the id is the same."""
+    """One thing a shopper did. Sent twice, it counts once: the id is the same.
 
-    user_id: Identifier
+    Who has no account is known by `session_id`; `user_id` then is `session:` and that id.
+    """
+
+    session_id: Identifier | None = Field(None, description="instead of user_id, of a shopper who has not logged in")
+    user_id: Annotated[
+        str,
+        Field(max_length=MAX_ID),
+        BeforeValidator(lambda value: "" if value is None else _as_text(value)),
+        AfterValidator(_identifier),
+        AfterValidator(_user_id),
+    ] = Field("", validate_default=True, description="counts, where session_id is given too")
     product_id: Identifier
     kind: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")] = "view"
     at: Moment
     context: Text = Field("", description="the cart concept or occasion in words, if the shopper gave one")
     event_id: Identifier = ""
     list_id: Identifier = Field("", description="of the answer of /recommend that showed the product, if it was one")
+
+    @field_validator("user_id", mode="after")
+    @classmethod
+    def _shopper(cls, user_id: str, info: ValidationInfo) -> str:
+        if user_id or "session_id" not in info.data:  # a bad session_id is reported already
+            return user_id
+        if info.data["session_id"] is None:
+            raise PydanticCustomError("missing", "give user_id, or session_id for a shopper without an account")
+        return session_key(info.data["session_id"])
 
     @model_validator(mode="after")
     def _fill_id(self) -> Event:
@@ -130,7 +178,7 @@ class Event(_Record):
 class User(_Record):
     """A shopper's body and other numbers. Only what is known is present; nothing is guessed."""
 
-    user_id: Identifier
+    user_id: UserId
     profile: Profile = {}
 
 

@@ -45,7 +45,7 @@ from readers import (
     digest,
 )
 from settings import UserError, run_script
-from store import Store
+from store import Standing, Store
 from store.cache import Cache
 
 PLAIN_READERS: dict[str, type[SellerReader] | type[LexiconReader]] = {
@@ -186,10 +186,22 @@ def usage_line(usage: Usage, options: ReaderSettings) -> str:
 def fingerprints(raws: Iterable[RawProduct], schema: FeatureSchema, reader: Reader) -> list[str]:
     """What the features of each product depend on, as one `origin`: equal fingerprints mean equal features."""
     common = digest(schema.model_dump_json(), reader.identity)
-    return [
-        f"{reader.name}:{digest(common, raw.title, raw.description, orjson.dumps(raw.attributes).decode())}"
-        for raw in raws
-    ]
+
+    def attributes(raw: RawProduct) -> str:
+        """In the order in which PostgreSQL keeps the names of a JSON object, so that a product has one mark wherever it is read."""
+        ordered = sorted(raw.attributes, key=lambda name: (len(name.encode()), name.encode()))
+        return orjson.dumps({name: raw.attributes[name] for name in ordered}).decode()
+
+    return [f"{reader.name}:{digest(common, raw.title, raw.description, attributes(raw))}" for raw in raws]
+
+
+def is_changed(standing: Standing | None, raw: RawProduct, fingerprint: str) -> bool:
+    """Whether a product that is given must be read again. What somebody else read, an importer or a model, stays until the text
+    changes; a price is no text."""
+    if standing is None or standing.origin is None or standing.text != (raw.title, raw.description, raw.attributes):
+        return True
+    ours = standing.origin.partition(":")[0] == fingerprint.partition(":")[0]
+    return ours and standing.origin != fingerprint
 
 
 def extract_all(store: Store, reader: Reader, options: ExtractOptions) -> Summary:

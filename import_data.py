@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from datetime import date
+from datetime import date, datetime
 from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -18,7 +18,7 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 from tqdm import tqdm
 
-from catalog import Rejected
+from catalog import EARLIEST, Rejected, oldest_event
 from datasets import Source, aihub, hm, jsonl, myntra, rent_the_runway, s3rec, sample_shop
 from settings import Settings, UserError, run_script
 from store import ImportReport, ImportSession, Store
@@ -49,15 +49,20 @@ class ImportOptions(Settings):
     )
 
 
-def import_source(store: Store, name: str, source: Source, until: date | None = None) -> ImportReport:
-    """`source`, its events before the day `until`, in one transaction; any exception leaves the database as it was."""
+def import_source(
+    store: Store, name: str, source: Source, until: date | None = None, oldest: datetime = EARLIEST
+) -> ImportReport:
+    """`source`, its events from `oldest` on and before the day `until`, in one transaction; any exception leaves the database as
+    it was."""
     with store.importing(source=name) as batch, tqdm(desc=name, unit=" rows", disable=None, leave=False) as progress:
         if source.schema is not None and not (source.schema_is_inferred and _has_schema(store)):
             batch.schema(source.schema)
         batch.products(_accepted(source.products, batch, progress))
         batch.users(_accepted(source.users, batch, progress))
         for events in _accepted(source.events, batch, progress):
-            kept = events if until is None else events.filter(pl.col("at").dt.date() < until)
+            wanted = events if until is None else events.filter(pl.col("at").dt.date() < until)
+            kept = wanted.filter(pl.col("at") >= oldest)
+            batch.leave_out("at: older than EVENT_RETENTION_DAYS", wanted.height - kept.height)
             batch.events_frame(kept, source.events_file)
         batch.features(_accepted(source.features, batch, progress))
     return batch.report
@@ -103,7 +108,8 @@ def main(options: ImportOptions) -> None:
     started = time.monotonic()
     source = reader(options.folder)
     with Store.open(options) as store:
-        report = import_source(store, options.source, source, options.until)
+        oldest = oldest_event(options.event_retention_days)
+        report = import_source(store, options.source, source, options.until, oldest)
     for line in (*source.notes, *report_lines(report, time.monotonic() - started)):
         print(line)
 

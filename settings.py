@@ -50,6 +50,12 @@ class Settings(BaseSettings):
     trending_half_life_days: float = Field(
         3.0, ge=0.05, le=365, description="days after which an event counts half in what is trending"
     )
+    event_retention_days: int = Field(
+        0,
+        ge=0,
+        le=36_500,
+        description="days that events are kept for (forget.py removes older ones); 0 keeps them for ever",
+    )
     seed: int = Field(0, ge=0, description="seed of every random choice")
 
 

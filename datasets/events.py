@@ -11,7 +11,7 @@ from hashlib import blake2b
 
 import polars as pl
 
-from catalog import EARLIEST, LATEST, MAX_ID, MAX_TEXT, Event, Rejected
+from catalog import EARLIEST, LATEST, MAX_ID, MAX_TEXT, SESSION, Event, Rejected
 from datasets.reading import validated
 
 EVENT_SCHEMA: dict[str, pl.DataType] = {
@@ -66,6 +66,7 @@ def checked_events(
     marked = texts.with_columns(
         clean=pl.all_horizontal(
             *(_plain_id(name) for name in ("user_id", "product_id")),
+            ~pl.col("user_id").str.starts_with(SESSION),
             pl.col("kind_absent") | pl.col("kind").str.contains(_PLAIN_KIND),
             pl.col("event_id_absent") | _plain_id("event_id"),
             pl.col("list_id_absent") | _plain_id("list_id"),

@@ -116,7 +116,7 @@ def _without_nulls(values: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _events(path: Path) -> Iterator[pl.DataFrame | Rejected]:
     if path.suffix == ".parquet":
-        required = [name for name, field in Event.model_fields.items() if field.is_required()]
+        required = ["user_id", *(name for name, field in Event.model_fields.items() if field.is_required())]
         present = parquet_columns(path)
         if others := [name for name in present if name not in EVENT_SCHEMA]:
             raise UserError(f"{path}: events have no column {', '.join(others)} (but {', '.join(EVENT_SCHEMA)})")

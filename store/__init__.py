@@ -7,11 +7,12 @@ from store.events import EventLog, Purchases, PutEvents
 from store.imports import Counts, ImportReport, ImportSession
 from store.impressions import Impression, ShownList
 from store.keys import ApiKey
-from store.products import Commerce, StoredProduct
+from store.products import Commerce, Standing, StoredProduct
 from store.quarantine import QuarantinedRow
 from store.releases import RecordedRelease
 from store.rules import RulesTurn, RulesVersion
-from store.users import UserState
+from store.sessions import SessionTakenError
+from store.users import UserState, UserSummary
 from store.vectors import EXACT_LIMIT, Filters, Found, Hide, History, ItemRows
 
 __all__ = [
@@ -37,8 +38,11 @@ __all__ = [
     "Rejected",
     "RulesTurn",
     "RulesVersion",
+    "SessionTakenError",
     "ShownList",
+    "Standing",
     "Store",
     "StoredProduct",
     "UserState",
+    "UserSummary",
 ]

@@ -32,6 +32,7 @@ from store.quarantine import Quarantine
 from store.releases import Releases
 from store.rules import Rules
 from store.schema import read_schema, write_schema
+from store.sessions import Sessions
 from store.users import Users
 from store.vectors import Vectors
 
@@ -64,6 +65,7 @@ class Store:
         )
         self.products = Products(self.pool)
         self.users = Users(self.pool)
+        self.sessions = Sessions(self.pool)
         self.events = Events(self.pool)
         self.quarantine = Quarantine(self.pool)
         self.cache = Cache(self.pool)

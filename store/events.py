@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -12,15 +12,21 @@ import polars as pl
 from psycopg import Connection
 from psycopg_pool import ConnectionPool
 
-from catalog import Event
+from catalog import SESSION, Event
+from store.sessions import lock_sessions
 
 READ_ROWS = 100_000  # held at once as Python objects
+DELETE_ROWS = 20_000  # of one transaction of `delete_before`
 
+# What a session does after it was merged is the user's.
 _PUT = """
     WITH given AS MATERIALIZED (
-        SELECT *, EXISTS (SELECT FROM products WHERE products.product_id = rows.product_id) AS known
-        FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[], %s::timestamptz[], %s::text[], %s::text[])
+        SELECT event_id, coalesce(merged_sessions.user_id, rows.user_id) AS user_id, product_id, kind, at, context,
+            list_id, EXISTS (SELECT FROM products WHERE products.product_id = rows.product_id) AS known
+        FROM unnest(%b::text[], %b::text[], %b::text[], %b::text[], %b::timestamptz[], %b::text[],
+            %b::text[])
             AS rows(event_id, user_id, product_id, kind, at, context, list_id)
+            LEFT JOIN merged_sessions ON session_id = rows.user_id
     ), stored AS (
         INSERT INTO events (event_id, user_id, product_id, kind, at, context, list_id)
         SELECT event_id, user_id, product_id, kind, at, context, list_id FROM given WHERE known ORDER BY event_id
@@ -117,15 +123,32 @@ class Events:
     def __init__(self, pool: ConnectionPool[Connection[Any]]) -> None:
         self._pool = pool
 
-    def put(self, events: list[Event]) -> PutEvents:
-        """Store events; one whose id is there changes nothing, one on an unknown product is not stored."""
+    def put(self, events: Sequence[Event]) -> PutEvents:
+        """Store events; one whose id is there changes nothing, one on an unknown product is not stored.
+
+        All or none, and on disk when this returns.
+        """
         rows = [(e.event_id, e.user_id, e.product_id, e.kind, e.at, e.context, e.list_id) for e in events]
         columns = list(zip(*rows, strict=True)) or [()] * 7
-        with self._pool.connection() as connection:
+        sessions = {event.user_id for event in events if event.user_id.startswith(SESSION)}
+        with self._pool.connection() as connection, connection.transaction():
+            lock_sessions(connection, sessions, shared=True)
             row = connection.execute(_PUT, [list(column) for column in columns]).fetchone()
         assert row is not None
         stored, known, unknown_products = row
         return PutEvents(stored, known - stored, unknown_products)
+
+    def delete_before(self, moment: datetime) -> Iterator[int]:
+        """Remove events from before that moment, DELETE_ROWS at a time: how many each time. Stopped anywhere and run again it
+        goes on where it was."""
+        deleted = -1
+        while deleted:
+            with self._pool.connection() as connection:
+                deleted = connection.execute(
+                    "DELETE FROM events WHERE ctid = ANY(ARRAY(SELECT ctid FROM events WHERE at < %s LIMIT %s))",
+                    (moment, DELETE_ROWS),
+                ).rowcount
+            yield deleted
 
     def read(self, before: datetime | None = None) -> EventLog:
         """Every event, or those earlier than `before`."""

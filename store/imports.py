@@ -18,9 +18,10 @@ import polars as pl
 from psycopg import Connection, sql
 from psycopg_pool import ConnectionPool
 
-from catalog import Event, FeatureSchema, Product, RawProduct, Rejected, User
+from catalog import SESSION, Event, FeatureSchema, Product, RawProduct, Rejected, User
 from store import products, quarantine, users
 from store.schema import read_schema, united, write_schema
+from store.sessions import lock_sessions
 
 CHUNK = 50_000  # rows held in memory at once
 IMPORT_LOCK = 0x5354_0002  # key of the advisory lock that lets one import in at a time
@@ -57,7 +58,9 @@ _STAGING = """
 """
 
 _KNOWN_EVENTS = """
-    SELECT event_id, user_id, product_id, kind, at, context, list_id FROM import_events
+    SELECT event_id, coalesce(merged_sessions.user_id, import_events.user_id) AS user_id, product_id, kind, at, context,
+        list_id
+    FROM import_events LEFT JOIN merged_sessions ON session_id = import_events.user_id
     WHERE EXISTS (SELECT FROM products WHERE products.product_id = import_events.product_id)
 """
 
@@ -133,7 +136,7 @@ class ImportReport:
     users: Counts
     events: Counts
     features: Counts
-    rejected: int  # rows that went to quarantine
+    rejected: int  # rows that went to quarantine, or were left out
     reasons: dict[str, int]  # rejected rows by reason, most frequent first
 
 
@@ -202,6 +205,11 @@ class ImportSession:
         if len(self._rejected) >= quarantine.CHUNK:
             self._flush_rejected()
 
+    def leave_out(self, reason: str, rows: int) -> None:
+        """Count rows that are not wanted: unlike those of `reject` nobody is to mend them, so they are not kept."""
+        if rows:
+            self._reasons[reason] += rows
+
     def _flush_rejected(self) -> None:
         quarantine.insert(self._connection, self._source, self._rejected)
         self._rejected.clear()
@@ -224,6 +232,10 @@ class ImportSession:
         products_count = self._counts(_MERGE_PRODUCTS)
         users_count = self._counts(_MERGE_USERS)
         features_count = self._counts(_MERGE_FEATURES)
+        if connection.execute(
+            "SELECT FROM import_events WHERE starts_with(user_id, %s) LIMIT 1", (SESSION,)
+        ).fetchone():
+            lock_sessions(connection, None, shared=True)
         events_count = self._merge_events()
         self._reject_unknown("import_features")
         self._reject_unknown("import_events")

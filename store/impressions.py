@@ -138,6 +138,13 @@ class Impressions:
         with self._pool.connection() as connection:
             return [ShownList(*row) for row in connection.execute(query, parameters)]
 
+    def remove(self, shoppers: Sequence[str], until: datetime) -> int:
+        """Delete the lists that were shown to any of `shoppers` up to that moment; how many."""
+        with self._pool.connection() as connection:
+            return connection.execute(
+                "DELETE FROM impressions WHERE user_id = ANY(%s::text[]) AND at <= %s", (list(shoppers), until)
+            ).rowcount
+
     def forget(self, before: datetime) -> int:
         """Delete lists shown before that moment, and what was seen of them, in small batches; how many lists. Another process
         that is at it already is left to do it."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import orjson
-from psycopg import Connection
+from psycopg import Connection, sql
 from psycopg_pool import ConnectionPool
 
 from catalog import Product, RawProduct
 from conditions import Facts
+from store import vectors
 from store.conditions import SPELT
+from store.vectors import ItemRows, table_of
 
 _RAW = "product_id, title, description, attributes, price, in_stock, group_id, arrived_at"
 
@@ -38,6 +41,12 @@ UPDATE_FEATURES = """
             IS DISTINCT FROM (given.std, given.re, given.origin, given.evidence)
 """
 
+_STANDING = sql.SQL("""
+    SELECT product_id, title, description, attributes, features_origin, std, re, {indexed}
+    FROM products WHERE product_id = ANY(%s::text[]) ORDER BY product_id FOR UPDATE
+""")
+_INDEXED = sql.SQL("EXISTS (SELECT FROM {} AS rows WHERE rows.product_id = products.product_id)")
+
 
 @dataclass(frozen=True)
 class StoredProduct:
@@ -57,20 +66,51 @@ class Commerce:
     arrived_at: np.ndarray  # float64 [N], epoch seconds, nan if unknown
 
 
+@dataclass(frozen=True)
+class Standing:
+    """A product as it stands in the shop."""
+
+    text: tuple[str, str, dict[str, list[str]]]  # title, description, attributes: all that features are read from
+    origin: str | None  # who read the features, None: nobody yet
+    product: Product | None
+    indexed: bool  # has a vector in every one of the releases
+
+
+class Change:
+    """Who changes the same products waits, so that of two changes one stands wholly."""
+
+    def __init__(self, connection: Connection[Any], ids: Collection[str], releases: Sequence[str]) -> None:
+        self._connection = connection
+        indexed = sql.SQL(" AND ").join([sql.SQL("true"), *(_INDEXED.format(table_of(name)) for name in releases)])
+        rows = connection.execute(_STANDING.format(indexed=indexed), (list(ids),)).fetchall()
+        self.before = {
+            product_id: Standing(
+                (title, description, attributes),
+                origin,
+                None if std is None else Product.model_construct(product_id=product_id, title=title, std=std, re=re),
+                has_vector,
+            )
+            for product_id, title, description, attributes, origin, std, re, has_vector in rows
+        }
+
+    def put(self, given: Sequence[RawProduct]) -> None:
+        put(self._connection, given)
+
+    def put_features(self, given: Sequence[Product], origins: Sequence[str], evidence: Sequence[str]) -> None:
+        put_features(self._connection, given, origins, evidence)
+
+    def put_vectors(self, release: str, rows: ItemRows) -> None:
+        vectors.upsert(self._connection, release, rows)
+
+
 class Products:
     def __init__(self, pool: ConnectionPool[Connection[Any]]) -> None:
         self._pool = pool
 
     def put(self, products: list[RawProduct]) -> None:
         """Add or replace the raw side of products; of one id given twice the last counts. Features stay."""
-        rows = [raw_row(product) for product in {product.product_id: product for product in products}.values()]
-        columns = list(zip(*rows, strict=True)) or [()] * 8
-        source = (
-            "unnest(%s::text[], %s::text[], %s::text[], %s::jsonb[], %s::float8[], %s::boolean[], %s::text[],"
-            f" %s::timestamptz[]) AS given({_RAW})"
-        )
         with self._pool.connection() as connection:
-            connection.execute(UPSERT.format(rows=source), [list(column) for column in columns])
+            put(connection, products)
 
     def get(self, product_id: str) -> StoredProduct | None:
         with self._pool.connection() as connection:
@@ -101,26 +141,8 @@ class Products:
 
         The title is the raw product's. A product that was deleted meanwhile stays deleted.
         """
-        origins = [origin] * len(products) if isinstance(origin, str) else origin
-        sayings: Sequence[str | None] = [None] * len(products) if evidence is None else evidence
-        given = zip(products, origins, sayings, strict=True)
-        latest = {product.product_id: (product, origin, said) for product, origin, said in given}
-        # %b: the text form of an array escapes every quote of the JSON, which costs more than the update itself.
-        rows = (
-            "unnest(%b::text[], %b::text[]::jsonb[], %b::text[]::jsonb[], %b::text[], %b::text[]::jsonb[])"
-            " AS given(product_id, std, re, origin, evidence)"
-        )
         with self._pool.connection() as connection:
-            connection.execute(
-                UPDATE_FEATURES.format(rows=rows),
-                (
-                    list(latest),
-                    [orjson.dumps(product.std).decode() for product, _, _ in latest.values()],
-                    [orjson.dumps(product.re).decode() for product, _, _ in latest.values()],
-                    [origin for _, origin, _ in latest.values()],
-                    [said for _, _, said in latest.values()],
-                ),
-            )
+            put_features(connection, products, origin, evidence)
 
     def origins(self) -> dict[str, str]:
         """Who read the features, of every product that has some."""
@@ -202,16 +224,71 @@ class Products:
                 ).fetchall()
             )
 
-    def delete(self, ids: Iterable[str]) -> None:
-        """Remove products; no search finds them from now on. What shoppers did with them stays in the event log."""
-        with self._pool.connection() as connection:
-            connection.execute("DELETE FROM products WHERE product_id = ANY(%s::text[])", (list(ids),))
+    @contextmanager
+    def changing(self, ids: Collection[str], releases: Sequence[str]) -> Iterator[Change]:
+        """One transaction over products and their rows in `releases`."""
+        with self._pool.connection() as connection, connection.transaction():
+            yield Change(connection, ids, releases)
+
+    def delete(self, ids: Collection[str]) -> set[str]:
+        """Remove products and their vectors in every release; no search finds them from now on. Returns those that were there.
+
+        What shoppers did with them stays in the event log.
+        """
+        with self._pool.connection() as connection, connection.transaction():
+            rows = connection.execute(
+                "DELETE FROM products WHERE product_id IN (SELECT product_id FROM products"
+                " WHERE product_id = ANY(%s::text[]) ORDER BY product_id FOR UPDATE) RETURNING product_id",
+                (list(ids),),
+            ).fetchall()
+            deleted = {product_id for (product_id,) in rows}
+            vectors.delete(connection, deleted)
+        return deleted
 
     def count(self) -> int:
         with self._pool.connection() as connection:
             row = connection.execute("SELECT count(*) FROM products").fetchone()
         assert row is not None
         return int(row[0])
+
+
+def put(connection: Connection[Any], products: Sequence[RawProduct]) -> None:
+    """`Products.put` on a given connection, in its transaction."""
+    rows = [raw_row(product) for product in {product.product_id: product for product in products}.values()]
+    columns = list(zip(*rows, strict=True)) or [()] * 8
+    source = (
+        "unnest(%s::text[], %s::text[], %s::text[], %s::jsonb[], %s::float8[], %s::boolean[], %s::text[],"
+        f" %s::timestamptz[]) AS given({_RAW})"
+    )
+    connection.execute(UPSERT.format(rows=source), [list(column) for column in columns])
+
+
+def put_features(
+    connection: Connection[Any],
+    products: Sequence[Product],
+    origin: str | Sequence[str],
+    evidence: Sequence[str] | None = None,
+) -> None:
+    """`Products.put_features` on a given connection, in its transaction."""
+    origins = [origin] * len(products) if isinstance(origin, str) else origin
+    sayings: Sequence[str | None] = [None] * len(products) if evidence is None else evidence
+    given = zip(products, origins, sayings, strict=True)
+    latest = {product.product_id: (product, origin, said) for product, origin, said in given}
+    # %b: the text form of an array escapes every quote of the JSON, which costs more than the update itself.
+    rows = (
+        "unnest(%b::text[], %b::text[]::jsonb[], %b::text[]::jsonb[], %b::text[], %b::text[]::jsonb[])"
+        " AS given(product_id, std, re, origin, evidence)"
+    )
+    connection.execute(
+        UPDATE_FEATURES.format(rows=rows),
+        (
+            list(latest),
+            [orjson.dumps(product.std).decode() for product, _, _ in latest.values()],
+            [orjson.dumps(product.re).decode() for product, _, _ in latest.values()],
+            [origin for _, origin, _ in latest.values()],
+            [said for _, _, said in latest.values()],
+        ),
+    )
 
 
 def raw_row(product: RawProduct) -> tuple[Any, ...]:

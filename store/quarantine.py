@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -14,6 +16,12 @@ from psycopg_pool import ConnectionPool
 from catalog import Rejected
 
 CHUNK = 10_000  # rows of one statement
+API = "api"  # the source of what came over HTTP
+MOST_OF_A_CALL = 100
+MOST_REFUSED = 10_000
+SWEEP_LOCK = 0x5354_0009  # key of the advisory lock that lets one process at a time remove rows above a bound
+# A field that names the shopper, in our own rows and in those of the sources that we import.
+_SHOPPER_FIELD = re.compile("user|customer|session|shopper|reviewer|member", re.IGNORECASE)
 
 _INSERT = """
     INSERT INTO quarantine (digest, source, file, line, reason, raw)
@@ -44,6 +52,26 @@ class Quarantine:
         """Keep rows; one that is there already (same source, place, reason and content) stays as it is."""
         with self._pool.connection() as connection:
             insert(connection, source, rejected)
+
+    def add_refused(self, refused: list[Rejected]) -> None:
+        """Keep what the API refused in one call, the first MOST_OF_A_CALL of it: anybody may send nonsense for ever, so of all that
+        was refused the newest MOST_REFUSED stay."""
+        if not refused:
+            return
+        with self._pool.connection() as connection, connection.transaction():
+            insert(connection, API, refused[:MOST_OF_A_CALL])
+            sweeper = connection.execute("SELECT pg_try_advisory_xact_lock(%s)", (SWEEP_LOCK,)).fetchone()
+            if sweeper is not None and sweeper[0]:
+                connection.execute(
+                    "DELETE FROM quarantine WHERE digest IN ("
+                    "SELECT digest FROM quarantine WHERE source = %s ORDER BY at DESC, line, digest OFFSET %s)",
+                    (API, MOST_REFUSED),
+                )
+
+    def delete_before(self, moment: datetime) -> int:
+        """Remove rows that came before that moment: how many."""
+        with self._pool.connection() as connection:
+            return connection.execute("DELETE FROM quarantine WHERE at < %s", (moment,)).rowcount
 
     def read(self, source: str | None = None, limit: int = 1000) -> list[QuarantinedRow]:
         """In the order of source, file and line."""
@@ -81,6 +109,30 @@ def insert(connection: Connection[Any], source: str, rejected: Iterable[Rejected
                 "raws": [_storable(row.raw) for row in chunk],
             },
         )
+
+
+def forget(connection: Connection[Any], ids: Collection[str]) -> int:
+    """Remove the rows that tell of a shopper known by any of `ids`: how many. In a row of JSON a field that names a shopper says
+    so, in any other the id as a word of its own: better a row too many than a trace."""
+    spellings = {
+        form for name in ids for form in (name, *(json.dumps(name, ensure_ascii=a)[1:-1] for a in (True, False)))
+    }
+    found = connection.execute(
+        "SELECT digest, raw FROM quarantine WHERE EXISTS (SELECT FROM unnest(%s::text[]) AS id WHERE strpos(raw, id) > 0)",
+        (sorted(spellings),),
+    ).fetchall()
+    digests = [digest for digest, raw in found if _tells_of(raw, ids, spellings)]
+    return connection.execute("DELETE FROM quarantine WHERE digest = ANY(%s)", (digests,)).rowcount
+
+
+def _tells_of(raw: str, ids: Collection[str], spellings: Collection[str]) -> bool:
+    try:
+        row = json.loads(raw)
+    except ValueError:
+        row = None
+    if isinstance(row, dict):
+        return any(str(value) in ids for name, value in row.items() if _SHOPPER_FIELD.search(name))
+    return any(re.search(rf"(?<!\w){re.escape(form)}(?!\w)", raw) for form in spellings)
 
 
 def _storable(text: str) -> str:

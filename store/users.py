@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ import orjson
 from psycopg import Connection, sql
 from psycopg_pool import ConnectionPool
 
-from catalog import User
+from catalog import SESSION, User
+from store import quarantine
+from store.sessions import lock_sessions
 from store.vectors import BINARY, ItemRows, stack_ids, stack_vectors, table_of
 
 # `{rows}` gives user_id, profile. Ordered, so that two writers cannot deadlock.
@@ -33,6 +36,22 @@ _STATE = sql.SQL("""
     ) AS latest ON true
     ORDER BY latest.at, latest.product_id
 """)
+
+
+# Whatever table says of whom a row is does so in a column of this name: then it is forgotten with the rest.
+_TABLES_OF_USERS = """
+    SELECT columns.table_name FROM information_schema.columns JOIN information_schema.tables USING (table_schema, table_name)
+    WHERE table_schema = current_schema() AND column_name = 'user_id' AND table_type = 'BASE TABLE' ORDER BY 1
+"""
+
+
+@dataclass(frozen=True)
+class UserSummary:
+    """What the shop knows of a user."""
+
+    profile: dict[str, float]
+    events: dict[str, int]  # by kind
+    last_seen: datetime | None  # the newest event
 
 
 @dataclass(frozen=True)
@@ -92,12 +111,49 @@ class Users:
         return None if row is None else User(user_id=user_id, profile=row[0])
 
     def read_ids(self) -> list[str]:
-        """Everybody who has a profile or an event, in the order of ids."""
+        """Every user who has a profile or an event, in the order of ids; no sessions."""
         with self._pool.connection() as connection:
             rows = connection.execute(
-                "SELECT user_id FROM users UNION SELECT user_id FROM events ORDER BY user_id"
+                "SELECT user_id FROM (SELECT user_id FROM users UNION SELECT user_id FROM events) AS everybody"
+                " WHERE NOT starts_with(user_id, %s) ORDER BY user_id",
+                (SESSION,),
             ).fetchall()
         return [user_id for (user_id,) in rows]
+
+    def summary(self, user_id: str) -> UserSummary | None:
+        """None for a user with neither profile nor events."""
+        with self._pool.connection() as connection:
+            row = connection.execute(
+                "SELECT (SELECT profile FROM users WHERE user_id = %(user_id)s), coalesce(jsonb_object_agg(kind, of_kind)"
+                " FILTER (WHERE kind IS NOT NULL), '{}'), max(latest)"
+                " FROM (SELECT kind, count(*) AS of_kind, max(at) AS latest FROM events WHERE user_id = %(user_id)s"
+                " GROUP BY kind) AS kinds",
+                {"user_id": user_id},
+            ).fetchone()
+        assert row is not None
+        profile, events, last_seen = row
+        return None if profile is None and not events else UserSummary(profile or {}, events, last_seen)
+
+    def names(self, user_id: str) -> list[str]:
+        """Under what a user stands in tables: their id, and the names of the sessions that were merged into them."""
+        with self._pool.connection() as connection:
+            return _names(connection, user_id)
+
+    def forget(self, user_id: str) -> dict[str, int]:
+        """Remove every row of a user and of the sessions that were merged into them, in every table with a column `user_id`, and
+        what the quarantine holds of them. All or none; rows removed by table.
+
+        The event of a session that comes later is of nobody again.
+        """
+        with self._pool.connection() as connection, connection.transaction():
+            lock_sessions(connection, None)
+            keys = _names(connection, user_id)
+            removed = {}
+            for (table,) in connection.execute(_TABLES_OF_USERS).fetchall():
+                statement = sql.SQL("DELETE FROM {} WHERE user_id = ANY(%s::text[])").format(sql.Identifier(table))
+                removed[table] = connection.execute(statement, (keys,)).rowcount
+            removed["quarantine"] = quarantine.forget(connection, {key.removeprefix(SESSION) for key in keys})
+        return removed
 
     def read_profiles(self) -> dict[str, dict[str, float]]:
         """The profile of every user that has one, by user id, in the order of ids."""
@@ -123,6 +179,11 @@ class Users:
             stack_ids(re_ids),
             np.array(price, dtype=np.float64),  # None becomes nan
         )
+
+
+def _names(connection: Connection[Any], user_id: str) -> list[str]:
+    rows = connection.execute("SELECT session_id FROM merged_sessions WHERE user_id = %s", (user_id,)).fetchall()
+    return [user_id, *(session for (session,) in rows)]
 
 
 def _joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:

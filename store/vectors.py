@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
@@ -334,15 +335,8 @@ class Vectors:
     def upsert(self, release: str, rows: ItemRows) -> None:
         """Add or replace rows; searches see them at once. Links stay what they were: they come from the past of an item, not
         from what is written on it."""
-        statement = sql.SQL(
-            "INSERT INTO {} ({}) VALUES (%s, %b, %b::int4[], %b::int4[], %b::text[], %b::float4[])"
-            " ON CONFLICT (product_id) DO UPDATE SET vector = excluded.vector, std_ids = excluded.std_ids,"
-            " re_ids = excluded.re_ids"
-        ).format(table_of(release), _COLUMNS)
-        # Ordered, so that two writers cannot deadlock.
-        ordered = sorted(_adapted(rows), key=lambda row: row[0])
         with self._pool.connection() as connection, connection.transaction():
-            connection.cursor().executemany(statement, ordered)
+            upsert(connection, release, rows)
 
     def count(self, release: str) -> int:
         with self._pool.connection() as connection:
@@ -385,12 +379,7 @@ class Vectors:
     def releases(self) -> list[str]:
         """Releases that have a table, sorted."""
         with self._pool.connection() as connection:
-            rows = connection.execute(
-                "SELECT substr(tablename, %s) FROM pg_tables"
-                " WHERE schemaname = current_schema() AND starts_with(tablename, %s) ORDER BY 1",
-                (len(_PREFIX) + 1, _PREFIX),
-            ).fetchall()
-        return sorted(release for (release,) in rows)
+            return _releases(connection)
 
     def fetch(self, release: str, ids: Sequence[str]) -> ItemRows:
         """The rows of those `ids` that exist, in the order asked."""
@@ -503,6 +492,34 @@ class Vectors:
             if row is not None and row[0]:
                 self._indexed.add(release)
         return release in self._indexed
+
+
+def upsert(connection: Connection[Any], release: str, rows: ItemRows) -> None:
+    """`Vectors.upsert` on a given connection, in its transaction."""
+    statement = sql.SQL(
+        "INSERT INTO {} ({}) VALUES (%s, %b, %b::int4[], %b::int4[], %b::text[], %b::float4[])"
+        " ON CONFLICT (product_id) DO UPDATE SET vector = excluded.vector, std_ids = excluded.std_ids,"
+        " re_ids = excluded.re_ids"
+    ).format(table_of(release), _COLUMNS)
+    ordered = sorted(_adapted(rows), key=lambda row: row[0])  # so that two writers cannot deadlock
+    connection.cursor().executemany(statement, ordered)
+
+
+def delete(connection: Connection[Any], ids: Collection[str]) -> None:
+    """Remove products from the rows of every release, in the connection's transaction."""
+    for release in _releases(connection):
+        statement = sql.SQL("DELETE FROM {} WHERE product_id = ANY(%s::text[])").format(table_of(release))
+        with suppress(psycopg.errors.UndefinedTable), connection.transaction():  # a release that is dropped meanwhile
+            connection.execute(statement, (sorted(ids),))
+
+
+def _releases(connection: Connection[Any]) -> list[str]:
+    rows = connection.execute(
+        "SELECT substr(tablename, %s) FROM pg_tables"
+        " WHERE schemaname = current_schema() AND starts_with(tablename, %s)",
+        (len(_PREFIX) + 1, _PREFIX),
+    ).fetchall()
+    return sorted(release for (release,) in rows)
 
 
 def table_of(release: str) -> sql.Identifier:

@@ -151,6 +151,13 @@ def test_what_happened_later_can_be_left_out_for_an_evaluation(store, tmp_path):
     assert [store.products.get(f"012345600{number}").raw.price for number in (1, 2)] == [0.5, None]
 
 
+def test_events_older_than_they_are_kept_are_left_out_and_counted(store):
+    report = import_source(store, "test", shop(), oldest=datetime(2100, 1, 1, tzinfo=UTC))
+    assert report.events.new == 0
+    assert report.reasons["at: older than EVENT_RETENTION_DAYS"] == 3
+    assert "at: older than EVENT_RETENTION_DAYS" not in store.quarantine.counts()  # else they would be kept after all
+
+
 def test_rows_by_the_thousand_arrive_whole(store):
     count = 3_000
     events = pl.concat([event_frame([bought(number, f"u{number}")]) for number in range(count)])

@@ -239,7 +239,21 @@ ids = st.one_of(
     st.none(),
     st.text(max_size=5),
     st.sampled_from(
-        ["u1", "사용자", " u", "u ", "a b", "\x00", "\x1c", "\u00a0", "u\n", "x" * 200, "x" * 201, "\u2028"]
+        [
+            "u1",
+            "session:a",
+            "사용자",
+            " u",
+            "u ",
+            "a b",
+            "\x00",
+            "\x1c",
+            "\u00a0",
+            "u\n",
+            "x" * 200,
+            "x" * 201,
+            "\u2028",
+        ]
     ),
 )
 kinds = st.one_of(

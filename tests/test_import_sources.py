@@ -135,6 +135,16 @@ def test_jsonl_rejects_bad_rows_and_goes_on(shop):
     ]
 
 
+def test_an_event_may_be_of_a_session(shop):
+    session = {"session_id": "s1", "product_id": "p1", "at": "2024-03-04"}
+    write_lines(shop / "events.jsonl", [EVENTS[0], session, {**session, "user_id": "session:s1"}])
+    found = list(jsonl.read(shop).events)
+    assert pl.concat(accepted(found))["user_id"].to_list() == ["u1", "session:s1"]
+    ((_, line, reason),) = rejected(found)
+    assert line == 3
+    assert "kept for sessions" in reason
+
+
 @pytest.mark.parametrize("odd", [{"user_id": 5}, {"user_id": "5", "colour": "red"}, "[]", {}])
 def test_one_odd_event_leaves_the_events_beside_it(shop, odd):
     odd_row = odd if isinstance(odd, str) else {"product_id": "p1", "at": "2024-03-04", **odd}

@@ -127,11 +127,9 @@ def test_an_event_counts_once(store, earlier):
 def test_the_event_log_has_its_indexes_after_the_first_import(store):
     run(store, products=[product("p")], events=[event("u", "p")])
     with store.pool.connection() as connection:
-        rows = connection.execute("SELECT indexdef FROM pg_indexes WHERE tablename = 'events' ORDER BY 1").fetchall()
-    assert [definition.split(" USING ")[1] for (definition,) in rows] == [
-        "btree (list_id) WHERE (list_id <> ''::text)", "btree (user_id, at)", "btree (event_id)",
-    ]  # fmt: skip
-    assert rows[2][0].startswith("CREATE UNIQUE INDEX events_pkey")
+        rows = connection.execute("SELECT indexdef FROM pg_indexes WHERE tablename = 'events'").fetchall()
+    found = {definition.split(" USING ")[1]: definition.split(" INDEX ")[0] for (definition,) in rows}
+    assert found.items() >= {"btree (user_id, at)": "CREATE", "btree (event_id)": "CREATE UNIQUE"}.items()
 
 
 def test_rows_on_unknown_products_are_quarantined_with_their_place(store):

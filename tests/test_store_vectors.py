@@ -493,10 +493,12 @@ def test_links_to_what_is_deleted_unread_or_without_a_vector_lead_nowhere(linked
     assert not {deleted, unread, bare, variant} & set(found.product_ids)
 
 
-def test_links_from_what_is_no_longer_sold_still_count(linked):
-    linked.products.delete([IDS[450]])
-    found = linked.vectors.search(LINKED, QUERIES[0], N, history=history(450))
+def test_links_from_what_is_sold_out_still_count_and_from_what_is_deleted_no_more(linked):
+    linked.products.put([RawProduct(product_id=IDS[450], title="t", in_stock=False)])
+    found = linked.vectors.search(LINKED, QUERIES[0], N, exclude=[IDS[450]], history=history(450))
     assert sum(found.together > 0) == len(OTHERS[450])
+    linked.products.delete([IDS[450]])
+    assert not linked.vectors.search(LINKED, QUERIES[0], N, history=history(450)).together.any()
 
 
 def test_a_new_variant_is_one_at_once(linked):

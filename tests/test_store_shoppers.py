@@ -1,0 +1,318 @@
+"""Sessions that become users, shoppers who are forgotten, events that grow old, products that change and go."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import psycopg
+import pytest
+from psycopg import sql
+
+import forget
+from catalog import Event, RawProduct, Rejected, User, session_key
+from settings import UserError
+from store import Impression, ItemRows, PutEvents, SessionTakenError, UserSummary, quarantine
+from store import events as event_store
+
+T0 = datetime(2024, 3, 1, 12, tzinfo=UTC)
+PRODUCTS = [RawProduct(product_id=f"p{number}", title="t") for number in range(5)]
+
+
+@pytest.fixture
+def shop(store):
+    store.products.put(PRODUCTS)
+    return store
+
+
+def event(item: str = "p1", minutes: int = 0, **rest) -> Event:
+    return Event(product_id=item, at=T0 + timedelta(minutes=minutes), **rest)
+
+
+@contextmanager
+def meanwhile(*works: Callable[[], None]) -> Iterator[None]:
+    """Each work over and over in a thread of its own, for the length of the block; all have begun when it begins."""
+    stop, failures = threading.Event(), []
+    begun = [threading.Event() for _ in works]
+
+    def repeat(work: Callable[[], None], started: threading.Event) -> None:
+        try:
+            while not stop.is_set():
+                work()
+                started.set()
+        except BaseException as error:
+            failures.append(error)
+            started.set()
+
+    threads = [threading.Thread(target=repeat, args=pair) for pair in zip(works, begun, strict=True)]
+    for thread in threads:
+        thread.start()
+    for started in begun:
+        started.wait()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not failures
+
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_events_from_many_writers_are_stored_once(shop):
+    events = [event(minutes=number, user_id=f"u{number % 7}") for number in range(500)]
+    barrier, stored = threading.Barrier(4), []
+
+    def put(order: int) -> None:
+        barrier.wait()
+        stored.append(shop.events.put(events if order % 2 else events[::-1]).stored)
+
+    threads = [threading.Thread(target=put, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(stored) == len(shop.events.read().at) == 500
+
+
+def test_events_too_old_go_in_steps_and_the_rest_stays(shop, monkeypatch):
+    monkeypatch.setattr(event_store, "DELETE_ROWS", 3)
+    shop.events.put([event(minutes=number, user_id="u") for number in range(10)])
+    shop.quarantine.add("s", [Rejected("f", 1, "r", "raw")])
+    steps = shop.events.delete_before(T0 + timedelta(minutes=7))
+    assert next(steps) == 3
+    steps.close()  # stopped half-way
+    assert len(shop.events.read().at) == 7
+    assert forget.apply_retention(shop, T0 + timedelta(minutes=7)) == (4, 0)
+    assert shop.events.read().at.tolist() == [T0.timestamp() + 60 * number for number in (7, 8, 9)]
+    assert shop.quarantine.counts() == {"r": 1}
+
+
+def test_retention_as_a_command(shop, settings, capsys):
+    now = datetime.now(UTC)
+    old, new = (Event(user_id="u", product_id="p1", at=now - timedelta(days=days)) for days in (31, 29))
+    shop.events.put([old, new])
+    options = {**settings.model_dump(), "what": "retention", "_env_file": None}
+    forget.main(forget.ForgetOptions(**options | {"event_retention_days": 30}))
+    assert "1 events and 0 rows in quarantine removed" in capsys.readouterr().out
+    assert shop.events.read().at.tolist() == [new.at.timestamp()]
+    with pytest.raises(UserError, match="kept for ever"):
+        forget.main(forget.ForgetOptions(**options))
+
+
+def test_quarantine_rows_older_than_retention_go_too(shop):
+    shop.quarantine.add("s", [Rejected("f", 1, "r", "raw")])
+    assert forget.apply_retention(shop, datetime.now(UTC) + timedelta(minutes=1)) == (0, 1)
+
+
+def test_what_the_api_refused_has_a_bound(shop, monkeypatch):
+    monkeypatch.setattr(quarantine, "MOST_OF_A_CALL", 3)
+    monkeypatch.setattr(quarantine, "MOST_REFUSED", 5)
+    shop.quarantine.add("other", [Rejected("f", number, "r", "raw") for number in range(9)])
+    for call in range(4):
+        shop.quarantine.add_refused([Rejected(str(call), line, "r", "raw") for line in range(8)])
+    kept = [(row.file, row.line) for row in shop.quarantine.read("api")]
+    assert kept == [("2", 0), ("2", 1), ("3", 0), ("3", 1), ("3", 2)]
+    assert len(shop.quarantine.read("other")) == 9
+
+
+# --- sessions ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_merged_session_is_the_user_s_with_what_comes_late(shop):
+    shop.events.put([event("p1", session_id="s"), event("p2", user_id="u"), event("p3", session_id="other")])
+    assert shop.sessions.owner(session_key("s")) == session_key("s")
+    assert shop.sessions.merge(session_key("s"), "u") == 1
+    assert shop.sessions.merge(session_key("s"), "u") == 0
+    assert shop.sessions.owner(session_key("s")) == "u"
+    late = event("p4", session_id="s", kind="cart")
+    assert shop.events.put([late, event("p1", session_id="s")]) == PutEvents(1, 1, [])  # one of them was sent before
+    assert shop.users.summary("u") == UserSummary({}, {"view": 2, "cart": 1}, T0)
+    assert shop.users.summary(session_key("s")) is None
+    assert shop.users.summary(session_key("other")).events == {"view": 1}
+    with pytest.raises(SessionTakenError):
+        shop.sessions.merge(session_key("s"), "somebody else")
+
+
+def test_the_lists_of_a_merged_session_are_the_user_s(shop):
+    """Else nobody would know out of which list the user took what the session was shown."""
+    live(shop, "u", "s")
+    with shop.pool.connection() as connection:
+        rows = connection.execute("SELECT list_id, user_id FROM impressions ORDER BY 1").fetchall()
+    assert rows[:2] == [("list-0 of u", "u"), ("list-1 of u", "u")]
+
+
+def test_an_import_knows_merged_sessions_too(shop):
+    shop.sessions.merge(session_key("s"), "u")
+    for expected in (2, 3):  # into the empty table, and beside what is there
+        with shop.importing("test") as batch:
+            batch.events(
+                [event("p1", session_id="s"), event("p2", session_id="new"), event("p3", expected, session_id="s")]
+            )
+        assert shop.users.summary("u").events == {"view": expected}
+
+
+def test_no_event_of_a_session_is_left_behind_by_a_merge(shop):
+    """Writers of session events and merges at once: whichever comes first, the user has every event."""
+    for round_number in range(8):
+        session, user, sent = f"s{round_number}", f"u{round_number}", []
+
+        def write(session: str = session, sent: list[Event] = sent) -> None:
+            batch = [event(f"p{number}", 5 * len(sent) + number, session_id=session) for number in range(5)]
+            sent.extend(batch)
+            assert shop.events.put(batch).stored == 5
+
+        with meanwhile(write):
+            shop.sessions.merge(session_key(session), user)
+        write()
+        assert shop.users.summary(user).events == {"view": len(sent)}
+        assert shop.users.summary(session_key(session)) is None
+
+
+# --- being forgotten --------------------------------------------------------------------------------------------------
+
+
+def traces(url: str, *names: str) -> list[str]:
+    """The table of every row that holds one of `names` in any column, as it stands or as JSON spells it."""
+    forms = {
+        form for name in names for form in (name, json.dumps(name)[1:-1], json.dumps(name, ensure_ascii=False)[1:-1])
+    }
+    found = []
+    with psycopg.connect(url) as connection:
+        tables = connection.execute("SELECT tablename FROM pg_tables WHERE schemaname = current_schema()").fetchall()
+        for (table,) in sorted(tables):
+            cursor = connection.execute(sql.SQL("SELECT * FROM {}").format(sql.Identifier(table)))
+            found += [table for row in cursor if any(form in str(value) for value in row for form in forms)]
+    return found
+
+
+def live(shop, user: str, session: str) -> None:
+    """Everything a shopper can leave behind."""
+    shop.users.put([User(user_id=user, profile={"height_cm": 170})])
+    shop.events.put([event("p1", user_id=user), event("p2", session_id=session, context="a picnic")])
+    shown = [
+        Impression(
+            f"list-{n} of {user}",
+            name,
+            "for_you",
+            "",
+            "release",
+            "default",
+            None,
+            None,
+            None,
+            None,
+            T0,
+            ["p1"],
+            [1.0],
+            [1],
+        )
+        for n, name in enumerate((user, session_key(session), session_key(session)))
+    ]
+    shop.impressions.put(shown[:2])
+    shop.sessions.merge(session_key(session), user)
+    shop.impressions.put(shown[2:])  # a list that was shown to the session, written after the login
+    shop.quarantine.add_refused(
+        [
+            Rejected("POST /events", 1, "kind: bad", json.dumps({"user_id": user, "product_id": "p1"})),
+            Rejected("POST /events", 2, "kind: bad", json.dumps({"session_id": session, "product_id": "p1"})),
+            Rejected("transactions.csv", 3, "row: 3 columns", f"2020-01-01,{user},p1"),
+            Rejected("transactions.csv", 4, "at: bad", json.dumps({"customer_id": user}, ensure_ascii=False)),
+        ]
+    )
+
+
+def test_a_shopper_who_is_forgotten_leaves_no_trace(shop, settings):
+    with psycopg.connect(settings.database_url) as connection:
+        # Of another part of the shop, which knows nothing of forgetting.
+        connection.execute("CREATE TABLE shown (list bigint, user_id text, items text[])")
+        connection.execute("INSERT INTO shown VALUES (1, 'going-77', '{p1}'), (2, 'staying-7', '{p1}')")
+    live(shop, "going-77", "browser-77")
+    live(shop, "staying-7", "browser-7")
+    shop.quarantine.add("s", [Rejected("f", 9, "r", '{"product_id": "going-77"}'), Rejected("f", 8, "r", "xgoing-77x")])
+    before = len(traces(settings.database_url, "staying-7"))
+    assert set(traces(settings.database_url, "going-77", "browser-77")) == {
+        "events", "users", "merged_sessions", "impressions", "shown", "quarantine",
+    }  # fmt: skip
+
+    removed = shop.users.forget("going-77")
+    assert removed == {"events": 2, "impressions": 3, "merged_sessions": 1, "shown": 1, "users": 1, "quarantine": 4}
+    # A product of that name is no shopper, nor is part of a longer word.
+    assert traces(settings.database_url, "going-77", "browser-77") == ["quarantine", "quarantine"]
+    assert len(traces(settings.database_url, "staying-7")) == before
+    assert not any(shop.users.forget("going-77").values())
+
+
+@pytest.mark.parametrize("user", ['a "quoted" \\ one', "고객 7", "%_1", "(.*)"])
+def test_odd_ids_are_forgotten_as_well(shop, settings, user):
+    live(shop, user, f"of {user}")
+    removed = shop.users.forget(user)
+    assert {table: count for table, count in removed.items() if table != "quarantine"} == {
+        "events": 2, "impressions": 3, "merged_sessions": 1, "users": 1,
+    }  # fmt: skip
+    assert not traces(settings.database_url, user, "of ")
+
+
+def test_nothing_of_a_session_comes_back_to_a_user_who_was_forgotten(shop):
+    """Events of the session arrive all the while: the user stays gone, and the later ones are the session's own."""
+    for round_number in range(8):
+        session, user, sent = f"s{round_number}", f"u{round_number}", []
+        shop.sessions.merge(session_key(session), user)
+
+        def write(session: str = session, sent: list[Event] = sent) -> None:
+            batch = [event(f"p{number}", 5 * len(sent) + number, session_id=session) for number in range(5)]
+            sent.extend(batch)
+            shop.events.put(batch)
+
+        with meanwhile(write):
+            shop.users.forget(user)
+        write()
+        assert shop.users.summary(user) is None
+        assert shop.users.summary(session_key(session)).events["view"] >= 5
+
+
+def test_one_shopper_as_a_command(shop, settings, capsys):
+    live(shop, "u", "s")
+    options = {**settings.model_dump(), "what": "user", "_env_file": None}
+    forget.main(forget.ForgetOptions(**options, user="u"))
+    assert "2 of events, 3 of impressions, 1 of merged_sessions, 1 of users" in capsys.readouterr().out
+    assert shop.users.summary("u") is None
+    with pytest.raises(UserError, match="whom"):
+        forget.main(forget.ForgetOptions(**options))
+
+
+# --- goods ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_deleted_product_leaves_every_release_and_its_events_stay(shop):
+    rows = ItemRows(["p1", "p2"], np.eye(2, dtype=np.float32), np.ones((2, 1), np.int32), np.ones((2, 1), np.int32))
+    for release in ("one", "two"):
+        shop.vectors.create(release, 2)
+        shop.vectors.copy(release, rows)
+    shop.events.put([event("p1", user_id="u")])
+    assert shop.products.delete(["p1", "nothing"]) == {"p1"}
+    assert [shop.vectors.count(release) for release in ("one", "two")] == [1, 1]
+    assert shop.users.summary("u").events == {"view": 1}
+    assert shop.products.delete(["p1"]) == set()
+
+
+def test_changes_of_one_product_come_one_after_the_other(shop):
+    order = []
+
+    def change() -> None:
+        with shop.products.changing(["p1"], []) as second:
+            order.append(("second", second.before["p1"].text[0]))
+
+    with shop.products.changing(["p1"], []) as first:
+        order.append(("first", first.before["p1"].text[0]))
+        other = threading.Thread(target=change)
+        other.start()
+        first.put([RawProduct(product_id="p1", title="changed")])
+    other.join()
+    assert order == [("first", "t"), ("second", "changed")]
