@@ -28,11 +28,16 @@ import httpx
 from pydantic import BaseModel, TypeAdapter
 
 from api_controller.schemas import (
+    DeletedAnswer,
     EventsAnswer,
     ExperimentBody,
+    ForgottenAnswer,
     Health,
+    MergeBody,
+    MergedAnswer,
     NeighbourBody,
     ProductAnswer,
+    ProductIdsBody,
     ProductsAnswer,
     ProfileBody,
     RecommendAnswer,
@@ -47,6 +52,7 @@ from api_controller.schemas import (
     RulesLiveBody,
     RulesVersionBody,
     StartedExperiment,
+    UserAnswer,
     ViewBody,
     ViewsAnswer,
 )
@@ -105,8 +111,13 @@ class StyleTower:
         """Add or replace products: `shop.put_products([RawProduct(product_id="new-1", title="Linen wrap dress", price=59000)])`."""
         return self._call("PUT", "/products", ProductsAnswer, products)
 
+    def delete_products(self, product_ids: Sequence[str]) -> DeletedAnswer:
+        """Take products out of every answer: `shop.delete_products(["new-1"]).unknown` were not there."""
+        return self._call("POST", "/products/delete", DeletedAnswer, ProductIdsBody(product_ids=list(product_ids)))
+
     def add_events(self, events: Sequence[Event]) -> EventsAnswer:
-        """What shoppers did. Each event has an id from the moment it is made, so one that is sent twice counts once:
+        """What shoppers did; bad ones are in the answer's `refused`. Each event has an id from the moment it is made, so one that
+        is sent twice counts once:
         `shop.add_events([Event(user_id="shopper-1", product_id="product-17", kind="cart", at=datetime.now(UTC))])`."""
         return self._call("POST", "/events", EventsAnswer, events)
 
@@ -117,6 +128,18 @@ class StyleTower:
     def put_user(self, user_id: str, profile: Profile) -> User:
         """Set a shopper's profile: `shop.put_user("shopper-1", {"height_cm": 172, "weight_kg": 64})`."""
         return self._call("PUT", f"/users/{_part(user_id)}", User, ProfileBody(profile=profile))
+
+    def user(self, user_id: str) -> UserAnswer:
+        """What is known of a shopper: `shop.user("shopper-1").events["purchase"]`."""
+        return self._call("GET", f"/users/{_part(user_id)}", UserAnswer)
+
+    def merge_session(self, user_id: str, session_id: str) -> MergedAnswer:
+        """At login, what the session did is the user's: `shop.merge_session("shopper-1", "browser-8f2c")`."""
+        return self._call("POST", f"/users/{_part(user_id)}/merge", MergedAnswer, MergeBody(session_id=session_id))
+
+    def forget_user(self, user_id: str) -> ForgottenAnswer:
+        """Remove every trace of a shopper: `shop.forget_user("shopper-1").removed`."""
+        return self._call("DELETE", f"/users/{_part(user_id)}", ForgottenAnswer)
 
     # ------------------------------------------------------------------------------------------------------------- rules
     def rules(self, name: str | None = None) -> RulesListAnswer:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
@@ -18,9 +18,9 @@ import psycopg
 import torch
 
 import list_kinds
-from catalog import ListKind, Product, RawProduct, Rejected
+from catalog import SESSION, ListKind, Product, RawProduct, Rejected
 from explain import Reason, explain, general_reason
-from extract_features import extract, fingerprints
+from extract_features import extract_many, fingerprints, is_changed
 from model_user import fill_norms
 from readers import LexiconReader
 from release import ItemEncoder, Release
@@ -114,6 +114,22 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class PutProducts:
+    refused: list[
+        tuple[int, Rejected]
+    ]  # values that the schema does not allow, with the place of their product among those given
+    embedded: int  # products that got a new vector
+
+
+@dataclass(frozen=True)
+class Popular:
+    """What answers while the database is away."""
+
+    items: list[Recommended]
+    ranked: Ranked  # the same, for rules
+
+
+@dataclass(frozen=True)
 class Neighbour:
     product_id: str
     title: str
@@ -187,8 +203,7 @@ class Recommender:
         self._loaded: LoadedRelease | None = None
         self._others: dict[str, LoadedRelease] = {}  # named by requests, the one used last at the end
         self._damaged: dict[str, tuple[float, str]] = {}  # until when (time.monotonic()), and why
-        self._popular: list[Recommended] = []
-        self._popular_ranked = Ranked([], np.zeros(0), np.zeros((0, 0)))  # the same, for rules
+        self._popular = Popular([], Ranked([], np.zeros(0), np.zeros((0, 0))))
         self._away_until = 0.0  # of time.monotonic()
         self.lists = list_kinds.ListKinds(store, settings)
         self._context = lru_cache(CONTEXT_CACHE)(lambda text: text_encoder.pooled([text])[0])
@@ -215,6 +230,11 @@ class Recommender:
                 self._loaded = fresh
                 self._warm_up(fresh)
             return self._loaded
+
+    def refresh(self) -> None:
+        """The popular items in memory as they are now; the same as before when the database is away."""
+        with suppress(UnavailableError):
+            self._warm_up(self.live())
 
     def release(self, name: str | None) -> tuple[LoadedRelease, list[str]]:
         """The release of that name, else the live one and a warning why. Raises UnavailableError when nothing is live."""
@@ -266,12 +286,11 @@ class Recommender:
             facts = self.store.products.facts(rows.product_ids)
             self.store.rules.live(DEFAULT)
         except psycopg.Error:
-            self._popular = []
             return
         known = [row for row, product_id in enumerate(rows.product_ids) if product_id in facts]
         items = {item.product_id: item for item in answer.items}
         popular = [items[rows.product_ids[row]] for row in known]
-        self._popular_ranked = Ranked(
+        ranked = Ranked(
             [
                 replace(facts[i.product_id], new=bool(rows.vectors[row, loaded.untouched_column] > 0))
                 for i, row in zip(popular, known, strict=True)
@@ -280,7 +299,9 @@ class Recommender:
             rows.vectors[known, : loaded.item_width],
         )
         reasons = [general_reason("popular")]
-        self._popular = [replace(item, score=0.0, stage="popular", reasons=reasons) for item in popular]
+        self._popular = Popular(
+            [replace(item, score=0.0, stage="popular", reasons=reasons) for item in popular], ranked
+        )
 
     def rules(self, name: str) -> NamedRules | None:
         """The live rules of a name, or None when there are none; while the database is away those that were live last."""
@@ -320,40 +341,28 @@ class Recommender:
             return self._fallback(live, request)
 
     def _fallback(self, loaded: LoadedRelease, request: Request) -> Answer:
-        if not self._popular or request.filters != Filters() or request.kind not in ("for_you", "trending"):
+        popular = self._popular
+        if not popular.items or request.filters != Filters() or request.kind not in ("for_you", "trending"):
             raise UnavailableError("the database does not answer")
         unwanted = {*request.exclude, *request.history}
         warnings = ["the database does not answer; this is the list of popular items"]
-        rows = [row for row, item in enumerate(self._popular) if item.product_id not in unwanted]
+        rows = [row for row, item in enumerate(popular.items) if item.product_id not in unwanted]
         placed, used = [Placed(row) for row in rows[: request.k]], None
         if request.rules is not None:
-            placed, used = self._popular_by_rules(request, request.rules, rows)
-            warnings.append("rules were applied to these items, by their prices and stock when the release was loaded")
+            placed, used = _popular_by_rules(request, request.rules, popular.ranked, rows)
+            warnings.append(
+                "rules were applied to these items, by their prices and stock when the database last answered"
+            )
             if request.rules.rules.of(HideMet):
                 warnings.append("rules that hide what a shopper met were not applied")
         items = [
-            replace(self._popular[one.row], rank=rank, placed_by=one.by) for rank, one in enumerate(placed, start=1)
+            replace(popular.items[one.row], rank=rank, placed_by=one.by) for rank, one in enumerate(placed, start=1)
         ]
         return Answer(items, loaded.name, "cache", {"total": 0.0}, warnings, degraded=True, rules=used)
 
-    def _popular_by_rules(
-        self, request: Request, named: NamedRules, rows: Sequence[int]
-    ) -> tuple[list[Placed], RulesUsed]:
-        """What rules make of these rows of the popular items."""
-        now = _now(request)
-        popular = self._popular_ranked
-        passed, removed = filtered(named.rules, [popular.facts[row] for row in rows], now)
-        kept = [rows[row] for row in passed]
-        ranked = Ranked([popular.facts[row] for row in kept], popular.scores[kept], popular.vectors[kept])
-        outcome = apply(named.rules, ranked, request.k, now, seed_of(request.user_id or "", now))
-        effects = [
-            replace(effect, removed=removed.get(number, effect.removed))
-            for number, effect in enumerate(outcome.effects)
-        ]
-        placed = [replace(one, row=kept[one.row]) for one in outcome.placed]
-        return placed, RulesUsed(named.name, named.version, effects)
-
     def _answer(self, loaded: LoadedRelease, request: Request) -> Answer:
+        if request.user_id is not None and request.user_id.startswith(SESSION):
+            request = replace(request, user_id=self.store.sessions.owner(request.user_id))
         clock = _Clock()
         now = _now(request)
         with clock("user"):
@@ -432,7 +441,10 @@ class Recommender:
         if request.user_id is not None:
             state = self.store.users.state(loaded.name, request.user_id, length)
             if not state.known:
-                warnings.append(f"user {request.user_id!r} is unknown; answered from the rest of the request")
+                who = f"user {request.user_id!r}"
+                if request.user_id.startswith(SESSION):
+                    who = f"session {request.user_id.removeprefix(SESSION)!r}"
+                warnings.append(f"{who} is unknown; answered from the rest of the request")
         if request.history:
             given = self.store.vectors.fetch(loaded.name, list(dict.fromkeys(request.history)))
             unknown = [product_id for product_id in request.history if product_id not in set(given.product_ids)]
@@ -550,39 +562,77 @@ class Recommender:
 
     def put_products(
         self, products: Sequence[RawProduct], reader: LexiconReader, releases: Sequence[str] = ()
-    ) -> list[Rejected]:
-        """Store products, extract their features and make them searchable at once, without retraining, in the live release and
-        in `releases`, which answer beside it.
+    ) -> PutProducts:
+        """Store products, and make those whose words are new or changed searchable at once, without retraining, in the live
+        release and in `releases`, which answer beside it: a price, a stock or an arrival is only noted.
 
-        Returns the values that were refused (they are in quarantine too). A new RE word gets its id and, until the next
-        training, a vector projected from its text. Without a live release the products wait for the next index.
+        All or none. Values that were refused are in quarantine too. A new RE word gets its id and, until the next training, a
+        vector projected from its text. Without a live release the products wait for the next index.
         """
-        schema = self.store.schema()
-        self.store.products.put(list(products))
-        extractions = [extract(product, schema, reader) for product in products]
-        rejected = [value for extraction in extractions for value in extraction.rejected]
-        self.store.products.put_features(
-            [extraction.product for extraction in extractions],
-            fingerprints(products, schema, reader),
-            [orjson.dumps(extraction.evidence).decode() for extraction in extractions],
-        )
-        self.store.quarantine.add("api", rejected)
         try:
-            loaded = self.live()
+            live = self.live()
         except UnavailableError:
-            return rejected
-        for name in dict.fromkeys([loaded.name, *releases]):
-            beside, warnings = self.release(name)
-            if warnings:
-                continue
-            try:
-                self.index(beside, [extraction.product for extraction in extractions])
-            except psycopg.errors.UndefinedTable:  # its experiment was stopped and it was deleted, a moment ago
-                if beside is loaded:
-                    raise
-                with self._lock:
-                    self._note_damaged(name, "its vectors are gone from the database")
-        return rejected
+            return self._put_products(products, reader, [])
+        beside = [self.release(name) for name in dict.fromkeys(releases)]
+        others = [release for release, warnings in beside if not warnings]
+        loaded = list({release.name: release for release in [live, *others]}.values())
+        try:
+            return self._put_products(products, reader, loaded)
+        except psycopg.errors.UndefinedTable:  # an experiment was stopped and its release deleted, a moment ago
+            there = [release for release in loaded if self.store.vectors.exists(release.name)]
+            if live not in there or len(there) == len(loaded):
+                raise
+            with self._lock:
+                for release in loaded:
+                    if release not in there:
+                        self._note_damaged(release.name, "its vectors are gone from the database")
+            return self._put_products(products, reader, there)
+
+    def _put_products(
+        self, products: Sequence[RawProduct], reader: LexiconReader, loaded: Sequence[LoadedRelease]
+    ) -> PutProducts:
+        schema = self.store.schema()
+        marks = fingerprints(products, schema, reader)
+        place_of = {product.product_id: place for place, product in enumerate(products)}  # of one id the last counts
+        with self.store.products.changing(list(place_of), [release.name for release in loaded]) as change:
+            before = change.before
+            due = [
+                place
+                for product_id, place in place_of.items()
+                if is_changed(before.get(product_id), products[place], marks[place])
+            ]
+            extractions = extract_many([products[place] for place in due], schema, reader)
+            change.put(products)
+            change.put_features(
+                [extraction.product for extraction in extractions],
+                [marks[place] for place in due],
+                [orjson.dumps(extraction.evidence).decode() for extraction in extractions],
+            )
+            read = {extraction.product.product_id: extraction.product for extraction in extractions}
+            embedded = [*read.values()] + [
+                standing.product
+                for product_id, standing in before.items()
+                if product_id not in read and standing.product is not None and not standing.indexed
+            ]
+            for release in loaded if embedded else ():
+                change.put_vectors(release.name, self._rows(release, embedded))
+        refused = [
+            (place, value) for place, extraction in zip(due, extractions, strict=True) for value in extraction.rejected
+        ]
+        self.store.quarantine.add_refused([value for _, value in refused])
+        return PutProducts(refused, len(embedded) if loaded else 0)
+
+    def delete_products(self, ids: Sequence[str]) -> set[str]:
+        """Take products out of every answer at once; those that were there. The popular items in another worker's memory, which
+        answer only while the database is away, forget them with its next `refresh`."""
+        deleted = self.store.products.delete(ids)
+        popular = self._popular
+        kept = [row for row, item in enumerate(popular.items) if item.product_id not in deleted]
+        ranked = Ranked(
+            [popular.ranked.facts[row] for row in kept], popular.ranked.scores[kept], popular.ranked.vectors[kept]
+        )
+        self._popular = Popular([popular.items[row] for row in kept], ranked)
+        return deleted
 
     def catch_up(self) -> int:
         """Index the products of which the live release has no vector, since they came while another one was live: after the way
@@ -595,6 +645,10 @@ class Recommender:
 
     def index(self, loaded: LoadedRelease, products: Sequence[Product]) -> None:
         """Embed products and put their rows into a release: searches find them at once."""
+        self.store.vectors.upsert(loaded.name, self._rows(loaded, products))
+
+    def _rows(self, loaded: LoadedRelease, products: Sequence[Product]) -> ItemRows:
+        """What a release holds of products."""
         encoder = loaded.encoder
         vocab = encoder.re_vocab
         words = {word for product in products for word in vocab.words_of(product.re) if vocab.id(*word) == UNKNOWN}
@@ -614,11 +668,27 @@ class Recommender:
             if product_id in old:
                 rows[row, config.item_width :] = old[product_id][config.item_width :]
         fill_norms(rows, loaded.row_norm)
-        self.store.vectors.upsert(loaded.name, ItemRows(features.product_ids, rows, features.std, features.re))
+        return ItemRows(features.product_ids, rows, features.std, features.re)
 
 
 def _now(request: Request) -> float:
     return time.time() if request.now is None else request.now
+
+
+def _popular_by_rules(
+    request: Request, named: NamedRules, popular: Ranked, rows: Sequence[int]
+) -> tuple[list[Placed], RulesUsed]:
+    """What rules make of these rows of the popular items."""
+    now = _now(request)
+    passed, removed = filtered(named.rules, [popular.facts[row] for row in rows], now)
+    kept = [rows[row] for row in passed]
+    ranked = Ranked([popular.facts[row] for row in kept], popular.scores[kept], popular.vectors[kept])
+    outcome = apply(named.rules, ranked, request.k, now, seed_of(request.user_id or "", now))
+    effects = [
+        replace(effect, removed=removed.get(number, effect.removed)) for number, effect in enumerate(outcome.effects)
+    ]
+    placed = [replace(one, row=kept[one.row]) for one in outcome.placed]
+    return placed, RulesUsed(named.name, named.version, effects)
 
 
 def _limits(request: Request) -> Limits:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-MAX_BODY = 2**20  # bytes
-REFUSAL = b'{"detail":"the body is larger than 1 MB"}'
+MB = 2**20
+MAX_BODY = 1 * MB  # bytes
+LARGER = {"/events": 8 * MB}  # ten thousand events, of 800 bytes each
 
 
 class BodyLimit:
-    """ASGI middleware: 413 as soon as a body passes MAX_BODY."""
+    """ASGI middleware: 413 as soon as a body passes what its route takes."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -18,9 +19,10 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        most = LARGER.get(scope["path"], MAX_BODY)
         announced = dict(scope["headers"]).get(b"content-length", b"0")
-        if announced.isdigit() and int(announced) > MAX_BODY:
-            await _refuse(send)
+        if announced.isdigit() and int(announced) > most:
+            await _refuse(send, most)
             return
         # Read ahead of the application: once it has answered there is no changing the status.
         messages: list[Message] = []
@@ -29,8 +31,8 @@ class BodyLimit:
             message = await receive()
             messages.append(message)
             size += len(message.get("body", b""))
-            if size > MAX_BODY:
-                await _refuse(send)
+            if size > most:
+                await _refuse(send, most)
                 return
             if message["type"] == "http.disconnect" or not message.get("more_body", False):
                 break
@@ -41,7 +43,8 @@ class BodyLimit:
         await self.app(scope, replay, send)
 
 
-async def _refuse(send: Send) -> None:
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(REFUSAL)).encode())]
+async def _refuse(send: Send, most: int) -> None:
+    refusal = b'{"detail":"the body is larger than %d MB"}' % (most // MB)
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(refusal)).encode())]
     await send({"type": "http.response.start", "status": 413, "headers": headers})
-    await send({"type": "http.response.body", "body": REFUSAL})
+    await send({"type": "http.response.body", "body": refusal})

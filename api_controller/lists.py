@@ -23,6 +23,7 @@ from api_controller.schemas import (
     RulesUsedBody,
 )
 from api_controller.service import Service, ServiceDep
+from catalog import session_key
 from conditions import ArrivalRange, OfArrival
 from list_kinds import RequestError, UnknownProductError
 from rules import DEFAULT, NamedRules
@@ -39,14 +40,14 @@ async def recommend(body: RecommendBody, service: ServiceDep) -> RecommendAnswer
     """A ranked list for a shopper, a context, a body, or nobody at all; or of another `kind`: like a product, for a cart, what is
     trending, what to buy again."""
     store, recommender = service.parts()
-    shopper = body.user_id
+    shopper = body.user_id or (None if body.session_id is None else session_key(body.session_id))
 
     def work() -> tuple[Assignment, pipeline.Answer]:
         assignment = assign(service, shopper, body)
         rules, unknown = _rules(store, recommender, body, assignment.rules)
         answer = recommender.recommend(
             pipeline.Request(
-                body.user_id,
+                shopper,
                 body.history,
                 body.context,
                 body.profile,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from fastapi import Path
 from pydantic import BaseModel, ConfigDict, Field
 
+import catalog
 from catalog import Identifier, ListKind, Moment, Price, Profile, Text, Value, Values
 from experiments import Arm, Arms
 from rules import DEFAULT, Days, RuleSet
@@ -19,7 +20,7 @@ ProductId = Annotated[Identifier, Path(description="the shop's own product id")]
 ReleaseName = Annotated[
     str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$", description="a release's name, as GET /releases shows it")
 ]
-UserId = Annotated[Identifier, Path(description="the shop's own shopper id")]
+UserId = Annotated[catalog.UserId, Path(description="the shop's own shopper id")]
 ExperimentName = Annotated[Identifier, Path(description="what the experiment is called")]
 
 
@@ -65,7 +66,8 @@ class RecommendBody(BaseModel):
     ] = "for_you"
     product_id: Annotated[Identifier | None, Field(description="of kinds similar and because")] = None
     cart: Annotated[list[Identifier], Field(max_length=MAX_LIST, description="of kind basket")] = []
-    user_id: Identifier | None = None
+    user_id: catalog.UserId | None = None
+    session_id: Identifier | None = Field(None, description="instead of user_id, of a shopper who has not logged in")
     history: Annotated[list[Identifier], Field(max_length=MAX_LIST)] = []
     context: Text = ""
     profile: Profile = {}
@@ -174,15 +176,35 @@ class ProductAnswer(BaseModel):
     evidence: dict[str, list[EvidenceBody]]
 
 
+class RefusedBody(BaseModel):
+    """What was not taken: the place of its row among those given, from 0, the field, and why."""
+
+    index: int
+    what: str
+    reason: str
+
+
 class EventsAnswer(BaseModel):
     stored: int
-    duplicates: int
-    unknown_products: list[str]
+    duplicates: int  # their ids were there already
+    refused: list[RefusedBody]
 
 
 class ProductsAnswer(BaseModel):
     stored: int
-    refused: list[str]
+    refused: list[RefusedBody]  # rows that were not stored
+    refused_values: list[RefusedBody]  # of rows that were stored without them
+
+
+class ProductIdsBody(BaseModel):
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"product_ids": ["old-1", "old-2"]}]})
+
+    product_ids: Annotated[list[Identifier], Field(min_length=1, max_length=MAX_LIST)]
+
+
+class DeletedAnswer(BaseModel):
+    deleted: int
+    unknown: list[str]
 
 
 class ProfileBody(BaseModel):
@@ -191,6 +213,27 @@ class ProfileBody(BaseModel):
     )
 
     profile: Profile
+
+
+class UserAnswer(BaseModel):
+    user_id: str
+    profile: Profile
+    events: dict[str, int]  # by kind
+    last_seen: datetime | None
+
+
+class MergeBody(BaseModel):
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"session_id": "session-1"}]})
+
+    session_id: Identifier
+
+
+class MergedAnswer(BaseModel):
+    moved: int  # events
+
+
+class ForgottenAnswer(BaseModel):
+    removed: dict[str, int]  # rows by table
 
 
 RULES_EXAMPLE: list[Any] = [

@@ -33,6 +33,7 @@ MAX_WAITING = 64  # requests in the pool's queue; beyond, 503 at once
 REQUEST_SECONDS = 5.0
 RETRY_SECONDS = 2.0  # between attempts to open what was missing at the start
 EXPERIMENT_SECONDS = 0.5  # for so long a worker may not know of an experiment's start or stop
+FALLBACK_SECONDS = 60.0  # the popular items that answer while the database is away are no older
 
 Result = TypeVar("Result")
 
@@ -56,6 +57,9 @@ class Service:
         self.seconds = Histogram("styletower_stage_seconds", "Seconds a stage", ["stage"], registry=self.registry)
         self.lists = Counter("styletower_lists", "Lists answered", ["kind"], registry=self.registry)
         self.degraded = Counter("styletower_degraded", "Answers from the fallback", registry=self.registry)
+        self.rows = Counter(
+            "styletower_rows", "Rows given and what became of them", ["what", "outcome"], registry=self.registry
+        )
         self.rule_removals = Counter(
             "styletower_rule_removals", "Candidates that live rules kept out", ["kind"], registry=self.registry
         )
@@ -98,11 +102,15 @@ class Service:
             return f"the database does not answer: {' '.join(str(error).split()) or type(error).__name__}"
         return ""
 
-    async def keep_trying(self) -> None:
-        """What was missing at the start may come; nobody has to ask for it."""
+    async def keep_current(self) -> None:
+        """What was missing at the start may come, and what is popular changes; nobody has to ask for it."""
+        loop = asyncio.get_running_loop()
         while self.recommender is None:
             await asyncio.sleep(RETRY_SECONDS)
-            self.problem = await asyncio.get_running_loop().run_in_executor(self.pool, self.check)
+            self.problem = await loop.run_in_executor(self.pool, self.check)
+        while True:
+            await asyncio.sleep(FALLBACK_SECONDS)
+            await loop.run_in_executor(self.pool, self.recommender.refresh)
 
     def count_effects(self, effects: Sequence[Effect]) -> None:
         for effect in effects:

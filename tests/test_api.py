@@ -68,11 +68,12 @@ def test_a_body_over_one_megabyte_is_a_413(service, content):
     assert answer.status_code == 413
 
 
-def test_events_on_products_that_are_not_there_are_named_and_nothing_is_stored(service):
+def test_events_on_products_that_are_not_there_are_refused_and_nothing_is_stored(service):
     event = {"user_id": "u", "product_id": "ghost", "kind": "view", "at": "2026-01-01T00:00:00Z"}
     answer = service.post("/events", json=[event])
     assert answer.status_code == 200
-    assert answer.json() == {"stored": 0, "duplicates": 0, "unknown_products": ["ghost"]}
+    refused = [{"index": 0, "what": "product_id", "reason": "unknown product"}]
+    assert answer.json() == {"stored": 0, "duplicates": 0, "refused": refused}
 
 
 def test_a_profile_is_stored(service):

@@ -18,7 +18,7 @@ from catalog import Event
 from client import StyleTower, StyleTowerError
 from tests.serving import ROOT
 
-STORED = {"stored": 1, "duplicates": 0, "unknown_products": []}
+STORED = {"stored": 1, "duplicates": 0, "refused": []}
 EVENT = Event(user_id="u", product_id="p", at=datetime(2026, 6, 30, tzinfo=UTC))
 BUSY = (503, {"detail": "too many requests are waiting"}, {"Retry-After": "0"})
 HANG_UP: tuple[int, object, dict[str, str]] = (0, {}, {})

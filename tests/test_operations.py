@@ -318,6 +318,12 @@ def test_the_client_reaches_every_route_of_its_own(shop, admin, made, web):
     assert admin.add_events([event]).stored == 1
     assert admin.add_events([event]).duplicates == 1
     assert first not in [item.product_id for item in admin.recommend(RecommendBody(user_id="by-client")).items]
+    assert admin.add_events([Event(session_id="by-browser", product_id=first, at=datetime.now(UTC))]).stored == 1
+    assert admin.merge_session("by-client", "by-browser").moved == 1
+    assert admin.user("by-client").events == {"purchase": 1, "view": 1}
+    assert admin.forget_user("by-client").removed["events"] == 2
+    assert admin.put_products([RawProduct(product_id="by-client", title="Sock")]).stored == 1
+    assert admin.delete_products(["by-client", "ghost"]).unknown == ["ghost"]
     assert "styletower_requests_total" in admin.metrics()
     with (
         StyleTower(str(web.base_url), made["public"]) as page,

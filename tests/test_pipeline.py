@@ -75,7 +75,7 @@ def test_products_that_nobody_met_have_their_share_of_the_candidates(new_shop):
         recommender = Recommender(store, shop, TextEncoder.load(shop))
         new = [RawProduct(product_id=f"new{number:02}", title=f"Sock number {number}") for number in range(30)]
         reader = extract_features.make_reader(extract_features.ReaderSettings(_env_file=None), store.cache)
-        assert not recommender.put_products(new, reader)
+        assert not recommender.put_products(new, reader).refused
         loaded, request = recommender.live(), Request(context="office", k=100, now=NOW)
 
         def candidates() -> Found:
@@ -100,7 +100,7 @@ def test_searches_are_as_wide_as_the_index_needs_and_a_bad_index_is_refused(aske
     """Rows turned about stand for an index that finds the wrong items: of the best 100, only what is near the middle."""
     store, recommender = asked
     release = Release.open(shop.models_dir)
-    data = ShopData.load(store, recommender.live().encoder, release.manifest["user_tower"]["popularity_windows"])
+    data = ShopData.of_release(store, recommender.live().encoder, release)
     rows, _ = build_index.index_rows(data, release)
     queries = build_index.queries_of_shoppers(data, release, data.links(data.now), 20)
 
@@ -214,7 +214,7 @@ def test_a_new_product_with_a_new_word_is_found_at_once(asked, shop):
     new = RawProduct.model_validate(
         {**twin.model_dump(), "product_id": "brand-new", "attributes": {**twin.attributes, "style": ["zigzagcore"]}}
     )
-    assert recommender.put_products([new], reader) == []
+    assert recommender.put_products([new], reader).refused == []
     assert "zigzagcore" in store.products.get("brand-new").product.re["style"]
     # Read once is enough: the next extract_features.py leaves it alone.
     assert store.products.origins()["brand-new"] == extract_features.fingerprints([new], store.schema(), reader)[0]
@@ -272,7 +272,7 @@ def test_a_shopper_is_served_what_training_retrieves_for_them(new_shop, monkeypa
     with new_shop() as shop, Store.open(shop) as store:
         recommender = Recommender(store, shop, TextEncoder.load(shop))
         release, loaded = Release.open(shop.models_dir), recommender.live()
-        data = ShopData.load(store, loaded.encoder, release.manifest["user_tower"]["popularity_windows"])
+        data = ShopData.of_release(store, loaded.encoder, release)
         tower = release.aligned_user_tower(data.items.product_ids)
         users = np.flatnonzero(np.diff(data.histories.starts) > 3)[:20]
         no_context = np.full(len(users), data.histories.contexts.index(""))
