@@ -361,10 +361,11 @@ class ListKinds:
         """How much each product is wanted now, of those that the latest events are about. What was done in the last ten minutes
         is read each time, what was before that once a minute; a replayed moment is read whole."""
         half_life = self.settings.trending_half_life_days * DAY
+        weights = {**KIND_WEIGHTS, **self.settings.event_weights}
 
         def read(as_of: float, since: float | None, until: float) -> dict[str, float]:
             return self.store.events.trending(
-                as_of, half_life, KIND_WEIGHTS, OTHER_KIND_WEIGHT, since, until, TRENDING_EVENTS
+                as_of, half_life, weights, OTHER_KIND_WEIGHT, since, until, TRENDING_EVENTS
             )
 
         if replayed:

@@ -11,7 +11,7 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Annotated, NoReturn, TypeVar
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsConfigDict, SettingsError
@@ -57,6 +57,10 @@ class Settings(BaseSettings):
         description="days that events are kept for (forget.py removes older ones); 0 keeps them for ever",
     )
     seed: int = Field(0, ge=0, description="seed of every random choice")
+    event_weights: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(
+        {},
+        description='what an event of a kind counts, as JSON such as {"cart": 3, "purchase": 5, "skip": 0}; docs/data.md',
+    )
 
 
 class ServiceSettings(Settings):

@@ -14,7 +14,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from catalog import Number
 from item_links import ItemLinks, group_numbers
 from model_user import UserTower
 from release import ItemEncoder, Release
@@ -40,10 +39,6 @@ class HoldOutOptions(TrainOptions):
     """Of the stages that learn from events."""
 
     validation_share: float = Field(0.1, gt=0, lt=0.9, description="share of events, the newest, held out first")
-    event_weights: dict[str, Number] = Field(
-        {},
-        description='what an event of a kind counts, as JSON such as {"cart": 3, "purchase": 5, "skip": 0}; docs/data.md',
-    )
 
 
 def validation_start(at: np.ndarray, share: float) -> float:

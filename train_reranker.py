@@ -326,7 +326,7 @@ def impressions_to_use(store: Store, release: Release, options: RerankerOptions)
     """
     if options.impressions == "off":
         return [], "impressions: not used (--impressions off)"
-    ignored = [kind for kind, weight in KIND_WEIGHTS.items() if weight <= 0]
+    ignored = [kind for kind, weight in {**KIND_WEIGHTS, **options.event_weights}.items() if weight <= 0]
     shown = store.impressions.read_taken(release.manifest["user_tower"]["validation_start"], ignored)
     said = f"{len(shown)} lists with something taken out of them were shown in the held-out days"
     if options.impressions == "auto" and len(shown) < options.min_clicked_lists:

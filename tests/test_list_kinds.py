@@ -12,7 +12,7 @@ import pytest
 import list_kinds
 from catalog import Event, Product, RawProduct
 from datasets import sample_shop
-from list_kinds import RequestError, due_score, interval_days
+from list_kinds import ListKinds, RequestError, due_score, interval_days
 from recommender import Answer, Recommended, Recommender, Request, UnavailableError
 from rules import NamedRules, RuleSet
 from store import Filters, Purchases, Store
@@ -312,6 +312,20 @@ def test_trending_counts_shoppers_and_halves_with_age(store):
         start.timestamp() + 1e5 * DAY, DAY, {}, 1.0, None, start.timestamp() + 3 * DAY, 100
     )
     assert all(score >= 0 for score in ages_ago.values())
+
+
+def test_what_the_shop_says_a_kind_of_event_counts_decides_what_trends(store, settings):
+    start = datetime(2026, 1, 1, tzinfo=UTC)
+    store.products.put([RawProduct(product_id=product_id, title="t") for product_id in "ab"])
+    kinds = [("u1", "a", "view"), ("u2", "a", "view"), ("u3", "b", "wishlist")]
+    store.events.put([Event(user_id=u, product_id=p, kind=kind, at=start) for u, p, kind in kinds])
+
+    def trending(**weights):
+        weighing = ListKinds(store, settings.model_copy(update={"event_weights": weights}))
+        return weighing.trending(start.timestamp(), replayed=True)
+
+    assert trending() == {"a": 2.0, "b": 1.0}
+    assert trending(wishlist=5.0, view=0.5) == {"a": 1.0, "b": 5.0}
 
 
 def test_what_is_wanted_now_trends_at_once_in_its_category_and_the_rest_follows(asked):
