@@ -74,4 +74,7 @@ def _invalid(message: str, kind: str) -> RequestValidationError:
 
 
 def _raw(row: Any) -> str:
-    return orjson.dumps(row).decode()[:MAX_RAW]
+    try:
+        return orjson.dumps(row).decode()[:MAX_RAW]
+    except orjson.JSONEncodeError:  # it reads deeper nests than it writes
+        return "(nested too deeply to be kept)"

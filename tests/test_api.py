@@ -76,6 +76,14 @@ def test_events_on_products_that_are_not_there_are_refused_and_nothing_is_stored
     assert answer.json() == {"stored": 0, "duplicates": 0, "refused": refused}
 
 
+def test_a_row_of_a_nest_too_deep_to_be_written_is_refused_like_any_other(service):
+    deep = "[" * 500 + "]" * 500
+    ghost = '{"user_id": "u", "product_id": "ghost", "at": "2026-01-01T00:00:00Z"}'
+    answer = service.post("/events", content=f'[{{"user_id": {deep}}}, {ghost}]')
+    assert answer.status_code == 200
+    assert [row["index"] for row in answer.json()["refused"]] == [0, 1]
+
+
 def test_a_profile_is_stored(service):
     answer = service.put("/users/u1", json={"profile": {"height_cm": 172}})
     assert answer.status_code == 200
