@@ -114,7 +114,7 @@ class EventLog:
     contexts: list[str]  # distinct, sorted
     user: np.ndarray  # int32 [N]
     product: np.ndarray  # int32 [N]
-    kind: np.ndarray  # int8 [N]
+    kind: np.ndarray  # int32 [N]
     at: np.ndarray  # float64 [N], epoch seconds
     context: np.ndarray  # int32 [N]
 
@@ -178,7 +178,7 @@ class Events:
             words["context"].to_list(),
             numbers["user_id"].to_numpy().astype(np.int32),
             numbers["product_id"].to_numpy().astype(np.int32),
-            numbers["kind"].to_numpy().astype(np.int8),
+            numbers["kind"].to_numpy().astype(np.int32),
             numbers["at"].to_numpy(),
             numbers["context"].to_numpy().astype(np.int32),
         )

@@ -166,8 +166,17 @@ def test_the_log_is_sorted_and_its_words_are_numbered(store):
     assert [log.contexts[number] for number in log.context] == ["", "", 'summer, "wedding"\n', ""]
     assert log.at.tolist() == [T0.timestamp()] * 3 + [T0.timestamp() + 300]
     assert [array.dtype for array in (log.user, log.product, log.kind, log.context, log.at)] == [
-        np.int32, np.int32, np.int8, np.int32, np.float64,
+        np.int32, np.int32, np.int32, np.int32, np.float64,
     ]  # fmt: skip
+
+
+def test_a_log_of_many_kinds_calls_each_by_its_name(store):
+    """Whoever may send events may send kinds that nobody ever heard of."""
+    store.products.put([FULL])
+    store.events.put([event("u", "p1", number, kind=f"kind{number:03}") for number in range(300)])
+    log = store.events.read()
+    assert log.kind.min() >= 0
+    assert [log.kinds[number] for number in log.kind] == [f"kind{number:03}" for number in range(300)]
 
 
 def test_the_log_can_end_before_a_moment(store):
