@@ -50,6 +50,11 @@ def validation_start(at: np.ndarray, share: float) -> float:
     return float(max(midnight, np.floor(at.min() / DAY) * DAY + WARM_UP))
 
 
+def event_weights(release: Release) -> dict[str, float]:
+    """What kinds of event count in the release, whatever the settings say by now."""
+    return dict(release.manifest["user_tower"]["options"].get("event_weights", {}))
+
+
 @dataclass(frozen=True)
 class ShopData:
     """The catalogue, its vectors, and every event, aligned: item numbers are rows of `items`."""
@@ -101,7 +106,7 @@ class ShopData:
     def of_release(cls, store: Store, encoder: ItemEncoder, release: Release) -> ShopData:
         """The shop as the release's user tower saw it: the same windows and weights, everything that happened since."""
         trained = release.manifest["user_tower"]
-        return cls.load(store, encoder, trained["popularity_windows"], trained["options"].get("event_weights", {}))
+        return cls.load(store, encoder, trained["popularity_windows"], event_weights(release))
 
     def without_figures(self, figures: Sequence[str]) -> ShopData:
         """The same shop where no profile has these figures. Raises UserError when there is one that none has anyway."""

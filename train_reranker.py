@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from model_reranker import DeepFM, RerankerConfig, build_deepfm, deepfm_input, start_from_retrieval, transfer, trusted
 from release import RERANKER, USER_TOWER_HOLDOUT, ItemEncoder, Release
 from settings import UserError, run_script
-from shop_data import Requests, ShopData
+from shop_data import Requests, ShopData, event_weights
 from store import ShownList, Store
 from tensors import (
     KIND_WEIGHTS,
@@ -326,7 +326,7 @@ def impressions_to_use(store: Store, release: Release, options: RerankerOptions)
     """
     if options.impressions == "off":
         return [], "impressions: not used (--impressions off)"
-    ignored = [kind for kind, weight in {**KIND_WEIGHTS, **options.event_weights}.items() if weight <= 0]
+    ignored = [kind for kind, weight in {**KIND_WEIGHTS, **event_weights(release)}.items() if weight <= 0]
     shown = store.impressions.read_taken(release.manifest["user_tower"]["validation_start"], ignored)
     said = f"{len(shown)} lists with something taken out of them were shown in the held-out days"
     if options.impressions == "auto" and len(shown) < options.min_clicked_lists:
@@ -351,6 +351,8 @@ def main(options: RerankerOptions) -> None:
     shop = with_contexts(shop, [one.context for one in shown], encoder.text_encoder)
     features, prices = replay(shop, release, options, shown)
     lists = features.lists
+    if shown and PartialState().is_main_process:
+        print(f"impressions: {lists.shown.sum()} of them hold something seen and not taken that is still sold")
     with_places = bool(lists.shown.any())
     metric = f"ndcg@{NDCG_AT}" + (" with impressions" if with_places else "")  # not to be compared with one without
 

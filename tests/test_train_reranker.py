@@ -4,12 +4,14 @@ judges it."""
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 
 import train_reranker
-from catalog import Event
+from catalog import Event, RawProduct
 from datasets import sample_shop
 from recommender import Recommender, Request
 from release import ItemEncoder, Release
@@ -17,7 +19,7 @@ from settings import Settings, UserError
 from shop_data import ShopData
 from store import Impression, ShownList, Store
 from text_encoder import TextEncoder
-from train_reranker import Lists, RerankerOptions, place_effect, shown_requests
+from train_reranker import Lists, RerankerOptions, impressions_to_use, place_effect, shown_requests
 from train_user import Retrieved, retrieve, with_kept
 
 SHOWN = 10  # items a list
@@ -176,9 +178,11 @@ def test_what_is_liked_wins_though_it_was_shown_low_and_clicked_less(shop, capsy
     before = advantage(shop)
     learn = {"impressions": "on", "epochs": 6, "learning_rate": 3e-3, "patience": 6}
     train_reranker.main(options(shop, **learn))
-    assert "impressions: used, " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "impressions: used, " in said
     manifest = Release.open(shop.models_dir).manifest["reranker"]
     assert manifest["impressions"]["lists"] > 500
+    assert f"impressions: {manifest['impressions']['lists']} of them hold" in said
     assert manifest["config"]["item_dense"][-1] == "position"
     with_places = advantage(shop)
     monkeypatch.setattr(train_reranker, "POSITION_DROPOUT", 1.0)
@@ -197,6 +201,22 @@ def test_few_lists_are_not_used_and_it_is_said(shop, capsys):
     assert manifest["impressions"]["lists"] == 0
     assert "fewer than 1000" in manifest["impressions"]["why"]
     assert "position" not in manifest["config"]["item_dense"]
+
+
+def test_what_counts_as_taking_is_what_counts_in_the_release(store, settings):
+    """Not what the settings say by now: its user tower learned from the others."""
+    store.products.put([RawProduct(product_id="p", title="p")])
+    at = datetime(2026, 6, 1, tzinfo=UTC)
+    for kind in ("wishlist", "view"):
+        store.impressions.put(
+            [Impression(kind, kind, "for_you", "", "r", "default", None, None, None, None, at, ["p"], [0.0], [1])]
+        )
+        store.events.put([Event(user_id=kind, product_id="p", kind=kind, at=at, list_id=kind)])
+    trained = {"validation_start": at.timestamp(), "options": {"event_weights": {"view": 0}}}
+    release = cast(Release, SimpleNamespace(manifest={"user_tower": trained}))
+    given = settings.model_dump() | {"event_weights": {"wishlist": 0}}
+    used, _ = impressions_to_use(store, release, RerankerOptions(**given, _env_file=None, impressions="on"))
+    assert [one.user_id for one in used] == ["wishlist"]
 
 
 def test_where_nothing_was_shown_learning_from_it_is_refused(new_shop):
