@@ -131,7 +131,11 @@ def _tells_of(raw: str, ids: Collection[str], spellings: Collection[str]) -> boo
     except ValueError:
         row = None
     if isinstance(row, dict):
-        return any(str(value) in ids for name, value in row.items() if _SHOPPER_FIELD.search(name))
+        told = [value for name, value in row.items() if _SHOPPER_FIELD.search(name)]
+        # White space around an id, or a list where one id belongs, may be why the row is here.
+        if any(str(value).strip() in ids for value in told):
+            return True
+        raw = json.dumps([value for value in told if isinstance(value, (dict, list))], ensure_ascii=False)
     return any(re.search(rf"(?<!\w){re.escape(form)}(?!\w)", raw) for form in spellings)
 
 

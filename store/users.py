@@ -152,7 +152,7 @@ class Users:
             for (table,) in connection.execute(_TABLES_OF_USERS).fetchall():
                 statement = sql.SQL("DELETE FROM {} WHERE user_id = ANY(%s::text[])").format(sql.Identifier(table))
                 removed[table] = connection.execute(statement, (keys,)).rowcount
-            removed["quarantine"] = quarantine.forget(connection, {key.removeprefix(SESSION) for key in keys})
+            removed["quarantine"] = quarantine.forget(connection, {*keys, *(key.removeprefix(SESSION) for key in keys)})
         return removed
 
     def read_profiles(self) -> dict[str, dict[str, float]]:

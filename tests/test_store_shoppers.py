@@ -249,6 +249,25 @@ def test_a_shopper_who_is_forgotten_leaves_no_trace(shop, settings):
     assert not any(shop.users.forget("going-77").values())
 
 
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"user_id": " gone-7"}, {"user_id": "session:browser-7"}, {"user_id": ["gone-7"]}, {"user": {"id": "gone-7"}},
+        {"session_id": "browser-7\t"},
+    ],
+)  # fmt: skip
+def test_what_was_wrong_with_an_id_in_quarantine_does_not_hide_it(shop, settings, raw):
+    shop.sessions.merge(session_key("browser-7"), "gone-7")
+    shop.quarantine.add_refused(
+        [
+            Rejected("POST /events", line, "bad", json.dumps(row))
+            for line, row in enumerate([raw, {"user_id": "gone-70"}])
+        ]
+    )
+    assert shop.users.forget("gone-7")["quarantine"] == 1
+    assert traces(settings.database_url, "gone-7") == ["quarantine"]  # of gone-70
+
+
 @pytest.mark.parametrize("user", ['a "quoted" \\ one', "고객 7", "%_1", "(.*)"])
 def test_odd_ids_are_forgotten_as_well(shop, settings, user):
     live(shop, user, f"of {user}")
