@@ -140,12 +140,14 @@ class Events:
 
     def delete_before(self, moment: datetime) -> Iterator[int]:
         """Remove events from before that moment, DELETE_ROWS at a time: how many each time. Stopped anywhere and run again it
-        goes on where it was."""
+        goes on where it was. Those that somebody is moving or removing just now are left to the next run: who waits for them
+        could be waited for."""
         deleted = -1
         while deleted:
             with self._pool.connection() as connection:
                 deleted = connection.execute(
-                    "DELETE FROM events WHERE ctid = ANY(ARRAY(SELECT ctid FROM events WHERE at < %s LIMIT %s))",
+                    "DELETE FROM events WHERE ctid = ANY(ARRAY("
+                    "SELECT ctid FROM events WHERE at < %s LIMIT %s FOR UPDATE SKIP LOCKED))",
                     (moment, DELETE_ROWS),
                 ).rowcount
             yield deleted

@@ -94,6 +94,16 @@ def test_events_too_old_go_in_steps_and_the_rest_stays(shop, monkeypatch):
     assert shop.quarantine.counts() == {"r": 1}
 
 
+def test_events_that_somebody_else_holds_are_left_to_the_next_run(shop):
+    """Two that remove the same events in different orders would wait for each other."""
+    shop.events.put([event(minutes=number, user_id=f"u{number}") for number in range(3)])
+    later = T0 + timedelta(hours=1)
+    with shop.pool.connection() as other, other.transaction():
+        other.execute("SELECT FROM events WHERE user_id = 'u1' FOR UPDATE")
+        assert sum(shop.events.delete_before(later)) == 2
+    assert sum(shop.events.delete_before(later)) == 1
+
+
 def test_retention_as_a_command(shop, settings, capsys):
     now = datetime.now(UTC)
     old, new = (Event(user_id="u", product_id="p1", at=now - timedelta(days=days)) for days in (31, 29))
