@@ -10,6 +10,9 @@ from typing import Any
 from psycopg import Connection
 from psycopg_pool import ConnectionPool
 
+from catalog import SESSION
+from store.sessions import lock_sessions
+
 ATTRIBUTION_HOURS = 24  # an event that names no list belongs to the latest that showed its product so shortly before
 FORGET_ROWS = 10_000  # deleted at once
 FORGET_LOCK = 0x5354_0005  # key of the advisory lock that lets one process delete at a time
@@ -19,7 +22,8 @@ _PUT = """
         list_id, user_id, kind, context, release, rules, rules_version, experiment, experiment_version, arm, at, product_ids,
         scores, retrieval_ranks
     ) VALUES (
-        %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s::text[], %s::real[], %s::integer[]
+        %s, coalesce((SELECT user_id FROM merged_sessions WHERE session_id = %s), %s), %s, %s, %s, %s, %s, %s, %s, %s, %s,
+        %s::text[], %s::real[], %s::integer[]
     ) ON CONFLICT (list_id) DO NOTHING
 """
 
@@ -105,16 +109,19 @@ class Impressions:
         self._pool = pool
 
     def put(self, impressions: Sequence[Impression]) -> None:
-        """Write lists, all or none. One that is there stays as it is."""
+        """Write lists, all or none. One that is there stays as it is. What was shown to a session that was merged is the user's, as
+        what it does is: else nobody would know out of which list it was taken."""
         rows = [
             (
-                one.list_id, one.user_id, one.kind, one.context, one.release, one.rules, one.rules_version, one.experiment,
-                one.experiment_version, one.arm, one.at, list(one.product_ids), list(one.scores),
+                one.list_id, one.user_id, one.user_id, one.kind, one.context, one.release, one.rules, one.rules_version,
+                one.experiment, one.experiment_version, one.arm, one.at, list(one.product_ids), list(one.scores),
                 list(one.retrieval_ranks),
             )
             for one in impressions
         ]  # fmt: skip
+        sessions = {one.user_id for one in impressions if one.user_id is not None and one.user_id.startswith(SESSION)}
         with self._pool.connection() as connection, connection.transaction():
+            lock_sessions(connection, sessions, shared=True)
             connection.cursor().executemany(_PUT, rows)
 
     def see(self, positions: Sequence[tuple[str, Sequence[int]]]) -> None:

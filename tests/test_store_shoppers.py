@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -31,6 +32,12 @@ def shop(store):
 
 def event(item: str = "p1", minutes: int = 0, **rest) -> Event:
     return Event(product_id=item, at=T0 + timedelta(minutes=minutes), **rest)
+
+
+def showing(list_id: str, user: str) -> Impression:
+    return Impression(
+        list_id, user, "for_you", "", "release", "default", None, None, None, None, T0, ["p1"], [1.0], [1]
+    )  # fmt: skip
 
 
 @contextmanager
@@ -155,7 +162,23 @@ def test_the_lists_of_a_merged_session_are_the_user_s(shop):
     live(shop, "u", "s")
     with shop.pool.connection() as connection:
         rows = connection.execute("SELECT list_id, user_id FROM impressions ORDER BY 1").fetchall()
-    assert rows[:2] == [("list-0 of u", "u"), ("list-1 of u", "u")]
+    assert rows == [("list-0 of u", "u"), ("list-1 of u", "u"), ("list-2 of u", "u")]
+
+
+def test_no_list_of_a_session_is_left_behind_by_a_merge(shop):
+    """Lists are written moments after they were shown: before, during and after the login."""
+    for round_number in range(8):
+        session, user, count = f"s{round_number}", f"u{round_number}", itertools.count()
+
+        def write(session: str = session, count: Iterator[int] = count) -> None:
+            shop.impressions.put([showing(f"{session}-{next(count)}", session_key(session))])
+
+        with meanwhile(write):
+            shop.sessions.merge(session_key(session), user)
+        write()
+        with shop.pool.connection() as connection:
+            query = "SELECT DISTINCT user_id FROM impressions WHERE starts_with(list_id, %s)"
+            assert connection.execute(query, (f"{session}-",)).fetchall() == [(user,)]
 
 
 def test_an_import_knows_merged_sessions_too(shop):
@@ -207,22 +230,7 @@ def live(shop, user: str, session: str) -> None:
     shop.users.put([User(user_id=user, profile={"height_cm": 170})])
     shop.events.put([event("p1", user_id=user), event("p2", session_id=session, context="a picnic")])
     shown = [
-        Impression(
-            f"list-{n} of {user}",
-            name,
-            "for_you",
-            "",
-            "release",
-            "default",
-            None,
-            None,
-            None,
-            None,
-            T0,
-            ["p1"],
-            [1.0],
-            [1],
-        )
+        showing(f"list-{n} of {user}", name)
         for n, name in enumerate((user, session_key(session), session_key(session)))
     ]
     shop.impressions.put(shown[:2])
