@@ -91,6 +91,10 @@ class ImpressionLog:
     def _forget(self) -> None:
         self._forget_at = time.monotonic() + FORGET_SECONDS
         try:
-            self._store.impressions.forget(datetime.now(UTC) - timedelta(days=self._retention_days))
+            for _ in self._store.impressions.forget(datetime.now(UTC) - timedelta(days=self._retention_days)):
+                # After a long time without retention this takes hours, which what was shown meanwhile must not wait for.
+                self._flush()
+                if self._stopping:
+                    return
         except psycopg.Error:
             log.exception("old impressions could not be deleted; tried again in an hour")

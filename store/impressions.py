@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -68,7 +68,9 @@ _READ = """
 """
 
 _FORGET = """
-    DELETE FROM {table} WHERE list_id IN (SELECT list_id FROM {table} WHERE at < %(before)s ORDER BY at LIMIT %(rows)s)
+    DELETE FROM {table} WHERE list_id = ANY(ARRAY(
+        SELECT list_id FROM {table} WHERE at < %(before)s ORDER BY at LIMIT %(rows)s FOR UPDATE SKIP LOCKED
+    ))
 """
 
 
@@ -152,20 +154,16 @@ class Impressions:
                 "DELETE FROM impressions WHERE user_id = ANY(%s::text[]) AND at <= %s", (list(shoppers), until)
             ).rowcount
 
-    def forget(self, before: datetime) -> int:
-        """Delete lists shown before that moment, and what was seen of them, in small batches; how many lists. Another process
-        that is at it already is left to do it."""
-        deleted = 0
-        with self._pool.connection() as connection:
-            for table in ("impression_views", "impressions"):
-                rows = FORGET_ROWS
-                while rows == FORGET_ROWS:
-                    with connection.transaction():
-                        row = connection.execute("SELECT pg_try_advisory_xact_lock(%s)", (FORGET_LOCK,)).fetchone()
-                        assert row is not None
-                        if not row[0]:
-                            return deleted
-                        statement = _FORGET.format(table=table)
-                        rows = connection.execute(statement, {"before": before, "rows": FORGET_ROWS}).rowcount
-                    deleted += rows if table == "impressions" else 0
-        return deleted
+    def forget(self, before: datetime) -> Iterator[int]:
+        """Delete lists shown before that moment, and what was seen of them, FORGET_ROWS at a time: how many lists each time.
+        Another process that is at it is left to do it, and rows that somebody is moving or removing just now to the next run."""
+        for table in ("impression_views", "impressions"):
+            statement, rows = _FORGET.format(table=table), FORGET_ROWS
+            while rows == FORGET_ROWS:
+                with self._pool.connection() as connection, connection.transaction():
+                    row = connection.execute("SELECT pg_try_advisory_xact_lock(%s)", (FORGET_LOCK,)).fetchone()
+                    assert row is not None
+                    if not row[0]:
+                        return
+                    rows = connection.execute(statement, {"before": before, "rows": FORGET_ROWS}).rowcount
+                yield rows if table == "impressions" else 0

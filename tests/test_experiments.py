@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import threading
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -33,7 +34,7 @@ from experiments import (
 from recommender import Recommender, Request
 from release import Release
 from store import Impression, Store
-from tests.serving import environment_of, eventually, serving
+from tests.serving import DEADLINE, environment_of, eventually, serving
 from text_encoder import TextEncoder
 
 T0 = datetime(2026, 6, 1, 12, tzinfo=UTC)
@@ -218,7 +219,7 @@ def test_lists_put_twice_and_views_said_twice_count_once(log):
 def test_what_is_old_is_forgotten_and_only_that(log, monkeypatch):
     monkeypatch.setattr("store.impressions.FORGET_ROWS", 2)
     log.impressions.put([shown(f"l{minute}", "u", ["x"], minute) for minute in range(7)])
-    assert log.impressions.forget(T0 + timedelta(minutes=5)) == 5
+    assert sum(log.impressions.forget(T0 + timedelta(minutes=5))) == 5
     with log.pool.connection() as connection:
         left = connection.execute("SELECT list_id FROM impressions ORDER BY 1").fetchall()
     assert left == [("l5",), ("l6",)]
@@ -552,6 +553,27 @@ def test_lists_past_their_retention_go_by_themselves(store):
 
     eventually(lambda: left() == [("new",)])
     log.close()
+
+
+def test_new_lists_do_not_wait_until_all_old_ones_are_gone(store, monkeypatch):
+    monkeypatch.setattr("store.impressions.FORGET_ROWS", 1)
+    store.impressions.put([shown(f"old{number}", "u", ["x"]) for number in range(3)])
+    forget, made, written = store.impressions.forget, threading.Event(), threading.Event()
+
+    def slowly(before):
+        made.wait()
+        behind.add(shown("new", "u", ["x"], context="new"))
+        steps = forget(before)
+        yield next(steps)
+        if outcomes(behind)["written"] == 1:  # the step before was followed by a look at what waits
+            written.set()
+        yield from steps
+
+    store.impressions.forget = slowly
+    behind = ImpressionLog(store, 1, CollectorRegistry())
+    made.set()
+    assert written.wait(DEADLINE)
+    behind.close()
 
 
 # --- releases side by side --------------------------------------------------------------------------------------------
