@@ -23,4 +23,5 @@ async def impressions(
     store, _ = service.parts()
     given = listed(body)
     await service.run(lambda: store.impressions.see([(view.list_id, view.positions) for view in given]))
+    service.rows.labels("view", "stored").inc(len(given))
     return ViewsAnswer(stored=len(given))

@@ -372,8 +372,11 @@ def test_a_product_put_while_it_runs_is_found_by_both_arms(client, running):
 def test_a_page_says_what_was_seen(shop, client):
     answer = recommend(client, user_id="looks", k=5)
     seen = {"list_id": answer["list_id"], "positions": [1, 2]}
+    counter = 'styletower_rows_total{outcome="stored",what="view"}'
+    before = metric(client, counter)
     for body in (seen, [seen, {**seen, "positions": [4]}]):
         assert client.post("/impressions", json=body).status_code == 200
+    assert metric(client, counter) == before + 3
     with psycopg.connect(shop.database_url) as connection:
         query = "SELECT positions FROM impression_views WHERE list_id = %s"
         assert connection.execute(query, (answer["list_id"],)).fetchall() == [([1, 2, 4],)]
