@@ -99,7 +99,7 @@ _MERGE_EVENTS = f"""
 # In a table truncated by this very transaction the rows need no write-ahead log either.
 _EMPTY_EVENTS = """
     TRUNCATE events;
-    DROP INDEX events_user_at;
+    DROP INDEX events_user_at, events_at, events_purchase_at, events_list;
     ALTER TABLE events DROP CONSTRAINT events_pkey;
 """
 _FILL_EVENTS = f"""
@@ -112,6 +112,9 @@ _FILL_EVENTS = f"""
 _INDEX_EVENTS = """
     ALTER TABLE events ADD CONSTRAINT events_pkey PRIMARY KEY (event_id);
     CREATE INDEX events_user_at ON events (user_id, at);
+    CREATE INDEX events_at ON events (at);
+    CREATE INDEX events_purchase_at ON events (at) WHERE kind = 'purchase';
+    CREATE INDEX events_list ON events (list_id) WHERE list_id <> '';
 """
 _UNKNOWN = """
     SELECT file, line, (to_jsonb(given) - 'file' - 'line' - 'row')::text FROM {staging} AS given
