@@ -165,7 +165,7 @@ async def report(
     if not chosen:
         raise _unknown(name if version is None else f"{name} version {version}")
     experiment = chosen[0]
-    tallies = await service.run(lambda: store.experiments.tallies(name, experiment.version))
+    tallies = await service.run(lambda: store.experiments.tallies(name, experiment.version), report=True)
     found = [figures(arm.name, tallies) for arm in experiment.arms]
     ratio = sample_ratio(experiment.arms, found)
     warnings = []

@@ -25,6 +25,7 @@ from readers import LexiconReader
 from rules import Effect
 from settings import ServiceSettings, UserError
 from store import Store
+from store.experiments import REPORT_SECONDS
 from text_encoder import TextEncoder
 
 LEXICON = Path(__file__).parent.parent / "lexicon.json"
@@ -44,6 +45,7 @@ class Service:
     def __init__(self, settings: ServiceSettings) -> None:
         self.settings = settings
         self.pool = ThreadPoolExecutor(THREADS, thread_name_prefix="pipeline")
+        self.reports = ThreadPoolExecutor(1, thread_name_prefix="reports")  # shoppers do not wait behind them
         self.waiting = 0
         self.store: Store | None = None
         self.recommender: pipeline.Recommender | None = None
@@ -124,22 +126,25 @@ class Service:
             await asyncio.sleep(KEY_SECONDS)
 
     def close(self) -> None:
+        self.reports.shutdown(wait=False, cancel_futures=True)
         self.pool.shutdown(wait=True, cancel_futures=True)
         if self.impressions is not None:
             self.impressions.close()
         if self.store is not None:
             self.store.close()
 
-    async def run(self, work: Callable[[], Result]) -> Result:
-        """Do blocking work in the pool. 503 when the queue is full, time is up, or the database is away."""
+    async def run(self, work: Callable[[], Result], report: bool = False) -> Result:
+        """Do blocking work in the pool, or beside it what may take REPORT_SECONDS, one after the other. 503 when the queue is full,
+        time is up, or the database is away."""
+        pool, seconds = (self.reports, REPORT_SECONDS) if report else (self.pool, REQUEST_SECONDS)
         if self.waiting >= MAX_WAITING:
             raise unavailable("too many requests are waiting")
         self.waiting += 1
         try:
-            future = asyncio.get_running_loop().run_in_executor(self.pool, work)
-            return await asyncio.wait_for(future, REQUEST_SECONDS)
+            future = asyncio.get_running_loop().run_in_executor(pool, work)
+            return await asyncio.wait_for(future, seconds)
         except TimeoutError as error:
-            raise unavailable(f"no answer within {REQUEST_SECONDS:.0f} s") from error
+            raise unavailable(f"no answer within {seconds:.0f} s") from error
         except pipeline.UnavailableError as error:
             raise unavailable(str(error)) from error
         except (psycopg.OperationalError, psycopg.errors.QueryCanceled) as error:

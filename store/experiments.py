@@ -12,6 +12,7 @@ from psycopg_pool import ConnectionPool
 from experiments import Arm, Experiment, Tally
 from store.impressions import ATTRIBUTED, ATTRIBUTION_HOURS
 
+REPORT_SECONDS = 30  # that a report may take, whatever bounds other statements: it reads every list of an experiment
 EXPERIMENTS_LOCK = 0x5354_0006  # key of the advisory lock that lets one process start or stop at a time
 
 _COLUMNS = "name, version, arms, note, started_at, stopped_at"
@@ -90,7 +91,8 @@ class Experiments:
         """What the shoppers of each arm did with the lists that they were shown."""
         query = ATTRIBUTED.format(chosen="experiment = %(name)s AND experiment_version = %(version)s") + _TALLIES
         parameters = {"name": name, "version": version, "window": ATTRIBUTION_HOURS}
-        with self._pool.connection() as connection:
+        with self._pool.connection() as connection, connection.transaction():
+            connection.execute("SELECT set_config('statement_timeout', %s, true)", (f"{REPORT_SECONDS}s",))
             return [Tally(*row) for row in connection.execute(query, parameters)]
 
 

@@ -203,6 +203,14 @@ def test_what_another_list_showed_later_does_not_count_for_the_arm(log):
     assert log.experiments.tallies("e", 1) == [Tally("a", 1, 1, 0, 0, 0)]
 
 
+def test_a_report_has_more_time_than_a_request(settings, monkeypatch):
+    monkeypatch.setattr("store.experiments._TALLIES", "SELECT current_setting('statement_timeout'), 0, 0, 0, 0, 0")
+    with Store.open(settings, statement_seconds=5) as store:
+        assert store.experiments.tallies("e", 1)[0].arm == "30s"
+        with store.pool.connection() as connection:
+            assert connection.execute("SELECT current_setting('statement_timeout')").fetchone() == ("5s",)
+
+
 def test_lists_put_twice_and_views_said_twice_count_once(log):
     both = [shown("l1", "u", ["x", "y", "z"]), shown("l2", None, ["x"])]
     log.impressions.put(both)
