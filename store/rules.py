@@ -11,7 +11,7 @@ from psycopg import Connection
 from psycopg.rows import class_row
 from psycopg_pool import ConnectionPool
 
-from rules import NamedRules, RuleSet
+from rules import DEFAULT, NamedRules, RuleSet
 
 RULES_LOCK = 0x5354_0006  # first key of the advisory lock that lets one process at a time change the rules of a name
 FRESH_SECONDS = 0.5  # for so long a worker goes by what it read, so another one's change is seen within a second
@@ -46,6 +46,7 @@ class Rules:
     def __init__(self, pool: ConnectionPool[Connection[Any]]) -> None:
         self._pool = pool
         self._read: dict[str, tuple[float, NamedRules | None]] = {}  # what was live at a moment of time.monotonic()
+        self._changes = 0  # made by this process
 
     def live(self, name: str) -> NamedRules | None:
         """The live version, at most FRESH_SECONDS old; None when nothing of that name was ever made live."""
@@ -53,12 +54,15 @@ class Rules:
         now = time.monotonic()
         if name in self._read and now - read_at < FRESH_SECONDS:
             return named
+        changes = self._changes
         with self._pool.connection() as connection:
             row = connection.execute(
                 f"SELECT version, rules FROM rules WHERE name = %s AND version = {_LIVE}", (name,)
             ).fetchone()
         named = None if row is None else NamedRules(name, row[0], RuleSet.model_validate(row[1]))
-        if named is not None or name in self._read:  # names that are not there are no reason to remember anything
+        # Names that are not there are no reason to remember anything, except the one that every request asks for. Nor is what was
+        # read while another thread changed it: the next request is to see the change.
+        if (named is not None or name == DEFAULT or name in self._read) and changes == self._changes:
             self._read[name] = now, named
         return named
 
@@ -122,6 +126,7 @@ class Rules:
             ).fetchall()
 
     def _changed(self, name: str, version: int) -> RulesVersion:
+        self._changes += 1
         self._read.pop(name, None)
         found = self.get(name, version)
         assert found is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -11,8 +12,8 @@ from pydantic import TypeAdapter
 
 from catalog import Event, Product, RawProduct
 from conditions import Condition, holds
-from rules import RuleSet
-from store import Filters, Hide, ItemRows, Store
+from rules import DEFAULT, RuleSet
+from store import Filters, Hide, ItemRows, Store, rules
 from tests.serving import eventually
 
 NOW = datetime(2026, 6, 30, tzinfo=UTC)
@@ -161,6 +162,30 @@ def test_versions_stay_and_the_latest_turn_is_live(store):
     assert store.rules.get("shop", 3) is None
     with pytest.raises(LookupError):
         store.rules.make_live("shop", 3, "", "")
+
+
+def test_what_was_read_while_it_changed_is_not_kept(store, monkeypatch):
+    pool = store.rules._pool
+
+    class ChangedMeanwhile:
+        @contextmanager
+        def connection(self):
+            with pool.connection() as connection:
+                yield connection
+            monkeypatch.setattr(store.rules, "_pool", pool)
+            store.rules.put("shop", SORTED, "", "", live=True)
+
+    store.rules.put("shop", CAPPED, "", "", live=True)
+    monkeypatch.setattr(store.rules, "_pool", ChangedMeanwhile())
+    assert store.rules.live("shop").version == 1
+    assert store.rules.live("shop").version == 2
+
+
+def test_a_shop_without_rules_is_not_asked_for_them_by_every_request(store, monkeypatch):
+    monkeypatch.setattr(rules, "FRESH_SECONDS", 3600.0)
+    assert store.rules.live(DEFAULT) is None
+    monkeypatch.setattr(store.rules, "_pool", None)
+    assert store.rules.live(DEFAULT) is None
 
 
 def test_names_do_not_touch_each_other(store):
