@@ -504,12 +504,13 @@ class Recommender:
         """The best products that nobody met yet, with the scores that they have by `query`."""
         lifted = query.copy()
         lifted[loaded.untouched_column] += NEW_LIFT
-        found = self._search(loaded, request, _links(loaded, state))(lifted, limit, _limits(request))
+        # Nothing is linked to what nobody met: variants are all that the history leads to.
+        links = replace(_links(loaded, state), together=None)
+        found = self._search(loaded, request, links)(lifted, limit, _limits(request))
         if not found.product_ids:
             return found
         found = found.take(np.flatnonzero(found.vectors[:, loaded.untouched_column] > 0))
-        together, variant = loaded.link_weights
-        scores = found.vectors @ query + found.together * together + found.variant * variant
+        scores = found.vectors @ query + found.variant * loaded.link_weights[1]
         return replace(found, scores=scores.astype(np.float32))
 
     def _search(self, loaded: LoadedRelease, request: Request, history: History | None) -> Search:

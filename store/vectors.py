@@ -80,11 +80,8 @@ _LINKED = sql.SQL("""
     WITH links AS MATERIALIZED (
         SELECT product_id, sum(together)::float4 AS together, max(variant)::float4 AS variant
         FROM (
-            SELECT link.product_id, link.strength AS together, 0 AS variant
-            FROM {vectors} AS met, unnest(met.linked, met.link_strength) AS link(product_id, strength)
-            WHERE met.product_id = ANY(%(history)s::text[])
-            UNION ALL
-            (SELECT product_id, 0, 1 FROM products WHERE group_id IN (
+            {together}
+            (SELECT product_id, 0 AS together, 1 AS variant FROM products WHERE group_id IN (
                 SELECT group_id FROM products WHERE product_id = ANY(%(history)s::text[])
             ) AND product_id <> ALL(%(history)s::text[]) LIMIT %(most_variants)s)
         ) AS every GROUP BY product_id
@@ -103,6 +100,13 @@ _LINKED = sql.SQL("""
     SELECT product_id, score, {binary}, price, title, together, variant
     FROM best JOIN {vectors} USING (product_id) JOIN products USING (product_id)
     ORDER BY score DESC, product_id
+""")
+# A part of it, which a search for what nobody met goes without: nothing was taken together with that, and it reads a thousand rows.
+_TOGETHER = sql.SQL("""
+            SELECT link.product_id, link.strength AS together, 0 AS variant
+            FROM {vectors} AS met, unnest(met.linked, met.link_strength) AS link(product_id, strength)
+            WHERE met.product_id = ANY(%(history)s::text[])
+            UNION ALL
 """)
 # Products that somebody else chose, in the order chosen.
 _AMONG = sql.SQL("""
@@ -143,7 +147,7 @@ class History:
     """Through which items a search also goes, and what links from them are worth in units of its scores."""
 
     product_ids: Sequence[str]
-    together: float  # a strength of 1
+    together: float | None  # a strength of 1; None where those links are not followed
     variant: float
 
 
@@ -661,9 +665,11 @@ def _linked(
     parameters: dict[str, Any], history: History, prepare: bool | None,
 ) -> Found:  # fmt: skip
     """The best of what the history is linked to."""
-    query = _LINKED.format(vectors=table_of(release), met=met, filters=where, kept=kept, binary=BINARY)
+    vectors = table_of(release)
+    taken = sql.SQL("") if history.together is None else _TOGETHER.format(vectors=vectors)
+    query = _LINKED.format(vectors=vectors, together=taken, met=met, filters=where, kept=kept, binary=BINARY)
     parameters = parameters | {
-        "history": list(history.product_ids), "together": history.together, "variant": history.variant,
+        "history": list(history.product_ids), "together": history.together or 0.0, "variant": history.variant,
         "most_variants": MOST_VARIANTS,
     }  # fmt: skip
     return _found(_query(connection, {}, query, parameters, prepare), "")

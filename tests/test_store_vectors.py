@@ -362,7 +362,7 @@ def test_many_searches_on_one_connection_stay_right(indexed):
 # --- links ------------------------------------------------------------------------------------------------------------
 
 
-def history(*numbers: int, weights: tuple[float, float] = WEIGHTS) -> History:
+def history(*numbers: int, weights: tuple[float | None, float] = WEIGHTS) -> History:
     return History([IDS[number] for number in numbers], *weights)
 
 
@@ -373,6 +373,16 @@ def gains(met: list[int]) -> tuple[np.ndarray, np.ndarray]:
     groups = {number // 3 for number in met if number < N // 2}
     variant = [number < N // 2 and number // 3 in groups and number not in met for number in range(N)]
     return together, np.array(variant, dtype=float)
+
+
+def test_variants_alone_may_be_followed(linked):
+    _, variant = gains([5, 450])
+    scores = VECTORS @ QUERIES[0] + WEIGHTS[1] * variant
+    order = np.argsort(-scores)[:LIMIT]
+    found = linked.vectors.search(LINKED, QUERIES[0], LIMIT, history=history(5, 450, weights=(None, WEIGHTS[1])))
+    assert found.product_ids == [IDS[number] for number in order]
+    np.testing.assert_array_equal(found.variant, variant[order])
+    assert not found.together.any()
 
 
 HISTORIES = [[5], [450], [0, 1, 2], [599, 300, 7, 450], list(range(0, 90, 3))]
