@@ -77,7 +77,9 @@ class RecommendBody(BaseModel):
     explain: Annotated[bool, Field(description="say why each item is there; off saves the time")] = True
     k: Annotated[int, Field(ge=1, le=MAX_K)] = 20
     rule_set: Annotated[Identifier, Field(description="by whose live rules the answer is arranged")] = DEFAULT
-    rules: Annotated[RuleSet | None, Field(description="rules to try for this answer, instead of the live ones")] = None
+    rules: Annotated[
+        RuleSet | None, Field(description="rules to try for this answer, instead of the live ones; for admins")
+    ] = None
 
 
 class ReasonBody(BaseModel):

@@ -93,6 +93,14 @@ def test_who_may_do_what(web, made, how, method, path, statuses):
             assert "needs an admin key" in answer.json()["detail"]
 
 
+def test_no_public_key_does_away_with_the_rules_of_the_shop(web, made):
+    body = {"k": 1, "rules": []}
+    refused = web.post("/recommend", json=body, headers={"X-API-Key": made["public"]})
+    assert refused.status_code == 403
+    assert "needs an admin key" in refused.json()["detail"]
+    assert web.post("/recommend", json=body, headers={"X-API-Key": made["admin"]}).json()["rules"]["name"] == "tried"
+
+
 @pytest.mark.parametrize("key", ["", "x", "styletower_admin_", "ключ", "a" * 8000])
 def test_what_is_no_key_opens_nothing(web, key):
     answer = web.get("/releases", headers={"X-API-Key": key.encode()})
