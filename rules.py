@@ -39,6 +39,7 @@ DEFAULT = "default"  # the rules of a request that names none
 MAX_RULES = 100
 MAX_PLACE = 100
 MAX_FACTOR = 1e6
+MAX_TITLE = 120  # characters
 
 Share = Annotated[Number, Field(gt=0, le=1)]
 Days = Annotated[Number, Field(gt=0, le=36_500)]
@@ -52,7 +53,8 @@ class _Rule(BaseModel):
     name: Annotated[Value, Field(description="in answers and counts; else the rule says itself what it is")] = ""
 
     def title(self) -> str:
-        return self.name or self._said()
+        said = self._said()
+        return self.name or (said if len(said) <= MAX_TITLE else f"{said[: MAX_TITLE - 1]}…")
 
     def _said(self) -> str:
         raise NotImplementedError

@@ -291,6 +291,13 @@ def test_rules_that_cannot_be_are_refused(rules, said):
         RuleSet.model_validate(rules)
 
 
+def test_a_rule_of_many_words_is_called_by_the_first_of_them():
+    values = [f"brand number {number}" for number in range(200)]
+    (rule,) = RuleSet.model_validate([{"kind": "filter", "keep": {"std": "brand", "any_of": values}}]).root
+    assert rule.title().startswith("only brand is brand number 0 or brand number 1 or")
+    assert len(rule.title()) == 120
+
+
 def test_nesting_up_to_the_bound_is_taken():
     assert RuleSet.model_validate([{"kind": "bury", "when": nested(MAX_DEPTH)}])
 
