@@ -218,6 +218,8 @@ class Recommender:
         if name is None:
             raise UnavailableError("no release is live yet; run build_index.py")
         with self._lock:
+            if self._loaded is not None and time.monotonic() < self._damaged.get(name, (0.0, ""))[0]:
+                return self._loaded
             if self._loaded is None or self._loaded.name != name:
                 try:
                     fresh = self._others.pop(name, None) or LoadedRelease(
@@ -226,6 +228,7 @@ class Recommender:
                 except UserError as error:
                     if self._loaded is None:
                         raise UnavailableError(str(error)) from error
+                    self._note_damaged(name, str(error))
                     return self._loaded  # a damaged new release never takes a healthy one down
                 self._loaded = fresh
                 self._warm_up(fresh)
@@ -344,7 +347,7 @@ class Recommender:
         popular = self._popular
         if not popular.items or request.filters != Filters() or request.kind not in ("for_you", "trending"):
             raise UnavailableError("the database does not answer")
-        unwanted = {*request.exclude, *request.history}
+        unwanted = set(_limits(request).left_out)
         warnings = ["the database does not answer; this is the list of popular items"]
         rows = [row for row, item in enumerate(popular.items) if item.product_id not in unwanted]
         placed, used = [Placed(row) for row in rows[: request.k]], None
@@ -361,11 +364,11 @@ class Recommender:
         return Answer(items, loaded.name, "cache", {"total": 0.0}, warnings, degraded=True, rules=used)
 
     def _answer(self, loaded: LoadedRelease, request: Request) -> Answer:
-        if request.user_id is not None and request.user_id.startswith(SESSION):
-            request = replace(request, user_id=self.store.sessions.owner(request.user_id))
         clock = _Clock()
         now = _now(request)
         with clock("user"):
+            if request.user_id is not None and request.user_id.startswith(SESSION):
+                request = replace(request, user_id=self.store.sessions.owner(request.user_id))
             state, warnings = self._state(loaded, request)
             plan = self.lists.plan(loaded, request, state, now)
             request = plan.request
@@ -557,8 +560,10 @@ class Recommender:
 
     # ------------------------------------------------------------------------------------------------------------- items
     def similar(self, product_id: str, k: int) -> list[Neighbour]:
-        """The `k` items nearest to one by cosine, itself left out. Raises UnknownProductError when it is not there."""
-        answer = self._answer(self.live(), Request(kind="similar", product_id=product_id, k=k, explain=False))
+        """The `k` items nearest to one by cosine, itself left out, by the shop's rules. Raises as `recommend` does."""
+        answer = self.recommend(
+            Request(kind="similar", product_id=product_id, k=k, explain=False, rules=self.rules(DEFAULT))
+        )
         return [Neighbour(item.product_id, item.title, item.price, item.rank, item.score) for item in answer.items]
 
     def put_products(

@@ -12,8 +12,8 @@ import numpy as np
 from conditions import Condition, Not, OfProducts
 from rules import Effect, Explore, Filter, HideMet, Outcome, Pin, Promote, Ranked, RuleSet, apply, filtered, seed_of
 from store import Filters, Found, Hide, Store
+from tensors import DAY
 
-DAY = 86_400  # seconds
 MAX_ROUNDS = 7  # of looking for more, each for as many as are there already: 12,800 candidates at the end
 SPARE = 3  # times as many products as a share has places, since caps may hold some back
 DRAWN_FROM = 5  # times as many new products as have places: a draw without a choice is none

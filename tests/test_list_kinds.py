@@ -14,7 +14,7 @@ from catalog import Event, Product, RawProduct
 from datasets import sample_shop
 from list_kinds import ListKinds, RequestError, due_score, interval_days
 from recommender import Answer, Recommended, Recommender, Request, UnavailableError
-from rules import NamedRules, RuleSet
+from rules import DEFAULT, NamedRules, RuleSet
 from store import Filters, Purchases, Store
 from tensors import DAY
 from tests.serving import environment_of, serving
@@ -193,6 +193,17 @@ def test_similar_is_the_same_for_everybody_and_what_the_product_page_shows(asked
     assert ids(recommender.recommend(told)) == ids(answer)
     reason = answer.items[0].reasons[0]
     assert (reason.kind, reason.product_id, reason.title) == ("similar", product_id, answer.anchor.title)
+
+
+def test_the_product_page_obeys_the_live_rules(asked):
+    store, recommender = asked
+    product_id = store.events.read().product_ids[0]
+    plain = [neighbour.product_id for neighbour in recommender.similar(product_id, 3)]
+    pin = RuleSet.model_validate([{"kind": "pin", "product_id": plain[2], "place": 1}])
+    store.rules.put(DEFAULT, pin, "", "", live=True)
+    pinned = [neighbour.product_id for neighbour in recommender.similar(product_id, 3)]
+    store.rules.put(DEFAULT, RuleSet([]), "", "", live=True)
+    assert pinned == [plain[2], plain[0], plain[1]]
 
 
 # -------------------------------------------------------------------------------------------------------------- because

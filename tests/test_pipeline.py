@@ -359,6 +359,21 @@ def test_nothing_is_taken_together_with_nothing(asked):
         assert len(kinds) > 1
 
 
+def test_a_damaged_new_release_is_not_read_again_by_every_request(asked, monkeypatch):
+    _, recommender = asked
+    healthy = recommender.live().name
+    opened = []
+
+    def damaged(models_dir, name):
+        opened.append(name)
+        raise UserError("damaged")
+
+    monkeypatch.setattr(Release, "current", lambda models_dir: "broken")
+    monkeypatch.setattr(Release, "open", damaged)
+    assert {recommender.recommend(Request(k=1, now=NOW)).release for _ in range(3)} == {healthy}
+    assert opened == ["broken"]
+
+
 def test_without_the_database_the_popular_list_answers_and_a_filter_cannot(asked):
     store, recommender = asked
     recommender.live()
@@ -368,3 +383,7 @@ def test_without_the_database_the_popular_list_answers_and_a_filter_cannot(asked
     assert len(answer.items) == 5
     with pytest.raises(UnavailableError):
         recommender.recommend(Request(filters=Filters(max_price=1.0), now=NOW))
+    first = answer.items[0].product_id
+    assert first not in [item.product_id for item in recommender.recommend(Request(history=[first], k=5)).items]
+    again = recommender.recommend(Request(history=[first], exclude_history=False, k=5))
+    assert again.items[0].product_id == first
