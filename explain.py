@@ -322,16 +322,16 @@ def _of_part(
             return float(of[0, row] - of[number, row])
 
         # What of the loss at retrieval is most.
-        kind, _, text = max(
-            ("history", fall(left.by_query), wording.of_history(part.title, part.deed)),
-            (
-                "taken_together",
-                loaded.link_weights[0] * fall(left.together) + fall(left.bonus),
-                wording.taken_together(part.title),
-            ),
-            ("variant", loaded.link_weights[1] * fall(left.variant), wording.of_variant(part.title)),
-            key=lambda one: one[1],
-        )
+        by_kind = {
+            "history": fall(left.by_query),
+            "taken_together": loaded.link_weights[0] * fall(left.together) + fall(left.bonus),
+            "variant": loaded.link_weights[1] * fall(left.variant),
+        }
+        kind = max(by_kind, key=lambda name: by_kind[name])
+        if kind == "history":
+            text = wording.of_history(part.title, part.deed)
+        else:
+            text = wording.taken_together(part.title) if kind == "taken_together" else wording.of_variant(part.title)
     return Reason(kind, "", "", part.product_id, part.title, weight, text)
 
 
