@@ -204,7 +204,8 @@ class ListKinds:
                 f" set LIST_CATEGORY_FIELD to one of {sorted(loaded.std_columns)}",
             )
         rows = self.store.vectors.fetch(loaded.name, list(dict.fromkeys(request.cart)))
-        unknown = [product_id for product_id in request.cart if product_id not in set(rows.product_ids)]
+        there = set(rows.product_ids)
+        unknown = [product_id for product_id in request.cart if product_id not in there]
         warnings = [f"item {product_id!r} in cart is unknown; ignored" for product_id in unknown]
         if not rows.product_ids:
             return Plan(

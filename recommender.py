@@ -450,7 +450,8 @@ class Recommender:
                 warnings.append(f"{who} is unknown; answered from the rest of the request")
         if request.history:
             given = self.store.vectors.fetch(loaded.name, list(dict.fromkeys(request.history)))
-            unknown = [product_id for product_id in request.history if product_id not in set(given.product_ids)]
+            there = set(given.product_ids)
+            unknown = [product_id for product_id in request.history if product_id not in there]
             warnings += [f"item {product_id!r} in history is unknown; ignored" for product_id in unknown]
             now = _now(request)
             state = state.extended(given, kind="view", at=now, limit=length)
