@@ -1,10 +1,11 @@
 """From new products to a new live release, as one command fit for cron.
 
     python retrain.py
-    python retrain.py --keep 5 --train-user "--epochs 20 --learning-rate 0.002" --build-index "--margin 0"
+    python retrain.py --keep 5 --train-user "--epochs 20 --learning-rate 0.002" --build-index=--no-live
 
-Each stage is its own script, run with the options that the live release was made with; what is given for a stage comes on top.
-Reading features takes the options of the environment. A stage prints one line with its time and its result, the last line says
+Each stage is its own script, run with the options that the live release was made with. On top of them comes what the shop says now
+(EVENT_WEIGHTS and the like, in the environment, `.env` or at the keyboard), and on top of that what is given for a stage. Reading
+features takes the options of the environment. A stage prints one line with its time and its result, the last line says
 what happened, and so does the exit code:
 
     0    the new release is live
@@ -31,10 +32,10 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import psycopg
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from release import PARTS, Release, delete
 from settings import Settings, UserError, run_script
@@ -56,18 +57,33 @@ PLACES = {"database_url", "data_dir", "models_dir", "text_encoder", "release", "
 TAIL = 4000  # bytes of a stage's last words
 
 
+def _words(options: str) -> str:
+    shlex.split(options)  # ValueError for a quotation mark that is never closed: before any work is done
+    return options
+
+
+StageOptions = Annotated[str, AfterValidator(_words)]
+
+
 class RetrainOptions(Settings):
     """Read new products, train, index, and go live unless the live release is better."""
 
-    extract_features: str = Field("", description='options of extract_features.py, in quotes: "--reader lexicon"')
-    train_simcse: str = Field("", description="options of train_simcse.py, before those of the live release")
-    train_user: str = Field("", description="of train_user.py")
-    train_reranker: str = Field("", description="of train_reranker.py")
-    build_index: str = Field("", description='of build_index.py, for instance "--margin 0"')
+    extract_features: StageOptions = Field(
+        "", description='options of extract_features.py, in quotes: "--reader lexicon"; a single word with =: =--fresh'
+    )
+    train_simcse: StageOptions = Field("", description="options of train_simcse.py, before those of the live release")
+    train_user: StageOptions = Field("", description="of train_user.py")
+    train_reranker: StageOptions = Field("", description="of train_reranker.py")
+    build_index: StageOptions = Field("", description='of build_index.py, for instance "--margin 0"')
     keep: int = Field(3, ge=1, description="releases that are kept, the newest ones")
 
     def given(self) -> dict[str, str]:
         return {stage: getattr(self, stage) for stage in STAGES}
+
+    def of_the_shop(self) -> dict[str, Any]:
+        """What every part of the system shares, as far as somebody set it: a release's own, older ones must not win over it."""
+        said = self.model_fields_set.intersection(Settings.model_fields).difference(PLACES)
+        return self.model_dump(mode="json", include=said)
 
 
 class BusyError(UserError):
@@ -90,7 +106,7 @@ def begin(options: RetrainOptions) -> Release:
         release = Release.open(options.models_dir, unfinished[-1])
         plan = release.manifest["retrain"]
         young = datetime.now(UTC) - datetime.fromisoformat(plan["started_at"]) < RESUMED_WITHIN
-        if young and plan["given"] == options.given():
+        if young and (plan["given"], plan.get("shop")) == (options.given(), options.of_the_shop()):
             say(f"goes on with release {release.name}, begun {plan['started_at']}")
             return release
     live = Release.current(options.models_dir)
@@ -100,6 +116,7 @@ def begin(options: RetrainOptions) -> Release:
         "retrain",
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         given=options.given(),
+        shop=options.of_the_shop(),
         options={
             stage: {name: value for name, value in manifest[part]["options"].items() if name not in PLACES}
             for stage, part in STAGES.items()
@@ -122,7 +139,14 @@ def run_stage(stage: str, release: Release, options: RetrainOptions, fresh: bool
     places = options.model_dump(mode="json", include={"database_url", "data_dir", "models_dir", "text_encoder"})
     # By the environment: a command line, with the database's password in it, is there for everybody to read.
     told = as_environment(
-        {**plan["options"].get(stage, {}), **places, "release": release.name, "fresh": fresh, "live": True}
+        {
+            **plan["options"].get(stage, {}),
+            **plan["shop"],
+            **places,
+            "release": release.name,
+            "fresh": fresh,
+            "live": True,
+        }
     )
     command = [sys.executable, str(Path(__file__).with_name(f"{stage}.py")), *shlex.split(plan["given"][stage])]
     last_words = b""
