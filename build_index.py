@@ -4,7 +4,8 @@
     python build_index.py --release 20260101-120000 --no-live
 
 An item's row is `[unit vector ; popularity coordinates ; collaborative coordinates]`, with its links to other items beside it. The
-release goes live only when every check passes; the one that was live serves until then, and its vectors stay for a way back.
+release goes live only when every check passes; the one that was live serves until then, and its vectors stay for a way back. A
+release that is indexed again, even the live one, answers by its old rows until the new ones are there.
 Exit code 3: it is indexed, but worse than the live one, which stays.
 """
 
@@ -79,7 +80,7 @@ def queries_of_shoppers(shop: ShopData, release: Release, links: ItemLinks, coun
 
 
 def index_recall(
-    store: Store, release: Release, rows: np.ndarray, ids: list[str], queries: np.ndarray, ef_search: int
+    store: Store, table: str, rows: np.ndarray, ids: list[str], queries: np.ndarray, ef_search: int
 ) -> float:
     """The share of the exact best items that the index finds, over real queries, in searches of that width."""
     count = min(CHECKED_AT, len(ids))
@@ -88,18 +89,18 @@ def index_recall(
     for query in queries:
         scores = rows @ query
         threshold = np.partition(scores, -count)[-count] - 1e-4  # items tied with the last one are as good
-        answer = store.vectors.search(release.name, query, count, Filters(), ef_search=ef_search)
+        answer = store.vectors.search(table, query, count, Filters(), ef_search=ef_search)
         found += sum(scores[number_of[product_id]] >= threshold for product_id in answer.product_ids)
     return found / (count * len(queries))
 
 
 def search_width(
-    store: Store, release: Release, rows: np.ndarray, ids: list[str], queries: np.ndarray, options: IndexOptions
+    store: Store, table: str, rows: np.ndarray, ids: list[str], queries: np.ndarray, options: IndexOptions
 ) -> tuple[int, float]:
     """The least of SEARCH_WIDTHS that finds enough, and what it finds. How wide a search must be depends on the data: items in
     tight clusters, as of a catalogue of few attributes, need more. Raises UserError when even the widest finds too little."""
     for ef_search in SEARCH_WIDTHS:
-        recall = index_recall(store, release, rows, ids, queries, ef_search)
+        recall = index_recall(store, table, rows, ids, queries, ef_search)
         if recall >= options.recall:
             break
     if recall < options.min_recall:
@@ -154,13 +155,13 @@ def main(options: IndexOptions) -> None:
         shop = ShopData.of_release(store, encoder, release)
         rows, norm = index_rows(shop, release)
         links = shop.links(shop.now)
-        store.vectors.create(release.name, rows.shape[1])
+        table = store.vectors.begin(release.name, rows.shape[1])
         ids = shop.items.product_ids
         for start in tqdm(range(0, len(ids), COPY_BATCH), desc="copying vectors", unit="batch", leave=False):
             part = slice(start, start + COPY_BATCH)
             linked = [links.of(row) for row in range(start, min(start + COPY_BATCH, len(ids)))]
             store.vectors.copy(
-                release.name,
+                table,
                 ItemRows(
                     ids[part],
                     rows[part],
@@ -172,12 +173,13 @@ def main(options: IndexOptions) -> None:
             )
         with tqdm(total=100, desc="building the HNSW index", unit="%", leave=False) as bar:
             store.vectors.build_index(
-                release.name, options.hnsw_m, options.ef_construction,
+                table, options.hnsw_m, options.ef_construction,
                 lambda share: bar.update(round(100 * share) - bar.n),
             )  # fmt: skip
         ef_search, recall = search_width(
-            store, release, rows, ids, queries_of_shoppers(shop, release, links, CHECKED_QUERIES), options
+            store, table, rows, ids, queries_of_shoppers(shop, release, links, CHECKED_QUERIES), options
         )
+        store.vectors.finish(release.name)
         release.record(
             "index", items=len(ids), dimensions=rows.shape[1], norm=norm, ef_search=ef_search, recall=recall,
             seconds=time.monotonic() - started, options=options.model_dump(mode="json", exclude={"database_url"}),

@@ -33,7 +33,9 @@ DEFAULT_EF_SEARCH = 200  # recall@100 is .998 and up at 300,000 items
 MAX_EF_SEARCH = 1000  # pgvector's own bound
 
 _PREFIX = "item_vectors_"
-_RELEASE = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")  # with prefix and index suffix within PostgreSQL's 63 bytes
+_UNFINISHED = "~new"  # after the name of a release whose table is being built
+_RELEASE = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}(~new)?")  # with prefix and index suffix within PostgreSQL's 63 bytes
+DELETE_WAIT = "200ms"  # for a table on which an index is being built; see `delete`
 _COLUMNS = sql.SQL("product_id, vector, std_ids, re_ids, linked, link_strength")
 # The wire form as bytes: a hundred rows become one array at once (`stack_vectors`, `stack_ids`), not number by number.
 BINARY = sql.SQL("vector_send(vector), array_send(std_ids), array_send(re_ids)")
@@ -268,6 +270,22 @@ class Vectors:
                 ).format(table_of(release), sql.Literal(dimensions))
             )
 
+    def begin(self, release: str, dimensions: int) -> str:
+        """An empty table beside the one that the release may have, which goes on answering; the name for it, until `finish`."""
+        name = release + _UNFINISHED
+        self.create(name, dimensions)
+        return name
+
+    def finish(self, release: str) -> None:
+        """The table that `begin` made, in the place of the release's own; a search meets the one or the other."""
+        built = release + _UNFINISHED
+        with self._pool.connection() as connection, connection.transaction():
+            connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(table_of(release)))
+            for kind, name_of in (("TABLE", table_of), ("INDEX", _index_of)):
+                rename = sql.SQL(f"ALTER {kind} IF EXISTS {{}} RENAME TO {{}}")
+                connection.execute(rename.format(name_of(built), name_of(release)))
+        self._indexed -= {built, release}
+
     def copy(self, release: str, rows: ItemRows) -> None:
         """Add rows by binary COPY. May be called several times; an id that is there is an error."""
         copy_from = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT binary)").format(table_of(release), _COLUMNS)
@@ -372,6 +390,12 @@ class Vectors:
         with self._pool.connection() as connection:
             connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(table_of(release)))
 
+    def drop_all(self, release: str) -> None:
+        """The same, and what a build that was stopped left of it. A name that no table can have has none."""
+        if _RELEASE.fullmatch(release):
+            self.drop(release)
+            self.drop(release + _UNFINISHED)
+
     def exists(self, release: str) -> bool:
         """Whether the release has a table."""
         with self._pool.connection() as connection:
@@ -383,7 +407,7 @@ class Vectors:
     def releases(self) -> list[str]:
         """Releases that have a table, sorted."""
         with self._pool.connection() as connection:
-            return _releases(connection)
+            return [name for name in _tables(connection) if not name.endswith(_UNFINISHED)]
 
     def fetch(self, release: str, ids: Sequence[str]) -> ItemRows:
         """The rows of those `ids` that exist, in the order asked."""
@@ -510,14 +534,24 @@ def upsert(connection: Connection[Any], release: str, rows: ItemRows) -> None:
 
 
 def delete(connection: Connection[Any], ids: Collection[str]) -> None:
-    """Remove products from the rows of every release, in the connection's transaction."""
-    for release in _releases(connection):
+    """Remove products from the rows of every release, in the connection's transaction.
+
+    A table on which an index is being built takes no changes for minutes. Rows left there harm nobody: no search finds a product
+    that is not among the products.
+    """
+    for release in _tables(connection):
         statement = sql.SQL("DELETE FROM {} WHERE product_id = ANY(%s::text[])").format(table_of(release))
-        with suppress(psycopg.errors.UndefinedTable), connection.transaction():  # a release that is dropped meanwhile
+        with (
+            suppress(psycopg.errors.UndefinedTable, psycopg.errors.LockNotAvailable),  # one that is dropped meanwhile
+            connection.transaction(),
+        ):
+            connection.execute("SELECT set_config('lock_timeout', %s, true)", (DELETE_WAIT,))
             connection.execute(statement, (sorted(ids),))
+            connection.execute("SELECT set_config('lock_timeout', '0', true)")
 
 
-def _releases(connection: Connection[Any]) -> list[str]:
+def _tables(connection: Connection[Any]) -> list[str]:
+    """Names of the releases that have a table, unfinished ones too, sorted."""
     rows = connection.execute(
         "SELECT substr(tablename, %s) FROM pg_tables"
         " WHERE schemaname = current_schema() AND starts_with(tablename, %s)",

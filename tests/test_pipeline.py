@@ -106,7 +106,7 @@ def test_searches_are_as_wide_as_the_index_needs_and_a_bad_index_is_refused(aske
 
     def width(rows, **bounds):
         options = build_index.IndexOptions(**shop.model_dump(), **bounds)
-        return build_index.search_width(store, release, rows, data.items.product_ids, queries, options)
+        return build_index.search_width(store, release.name, rows, data.items.product_ids, queries, options)
 
     ef_search, recall = width(rows)
     assert ef_search == build_index.SEARCH_WIDTHS[0]

@@ -201,6 +201,45 @@ def test_releases_are_listed_until_dropped(shop):
     assert shop.vectors.releases() == [RELEASE]
 
 
+def test_what_is_built_anew_answers_by_its_old_rows_until_the_new_ones_are_there(indexed):
+    def best() -> list[str]:
+        return indexed.vectors.search(RELEASE, QUERIES[0], 3).product_ids
+
+    before = best()
+    table = indexed.vectors.begin(RELEASE, D)
+    assert best() == before
+    few = rows([1, 2, 3])
+    indexed.vectors.copy(table, few)
+    indexed.vectors.build_index(table)
+    assert indexed.vectors.releases() == [RELEASE]
+    indexed.vectors.begin(RELEASE, D)  # the build was stopped; another begins
+    indexed.vectors.copy(table, few)
+    indexed.vectors.build_index(table)
+    assert best() == before
+    indexed.vectors.finish(RELEASE)
+    assert sorted(best()) == sorted(few.product_ids)
+    indexed.vectors.copy(indexed.vectors.begin(RELEASE, D), few)  # its index has a name of its own again
+    indexed.vectors.build_index(table)
+    indexed.vectors.finish(RELEASE)
+    assert sorted(best()) == sorted(few.product_ids)
+    indexed.vectors.begin(RELEASE, D)
+    indexed.vectors.drop_all(RELEASE)
+    indexed.vectors.drop_all("No.Table")
+    assert not indexed.vectors.exists(table)
+    assert not indexed.vectors.exists(RELEASE)
+
+
+def test_a_product_goes_though_an_index_is_being_built(shop):
+    gone = shop.vectors.search(RELEASE, QUERIES[0], 1).product_ids
+    with shop.pool.connection() as builder, builder.transaction():
+        builder.execute(f'LOCK TABLE "item_vectors_{RELEASE}" IN SHARE MODE')  # as CREATE INDEX does
+        assert shop.products.delete(gone) == set(gone)
+        assert shop.vectors.search(RELEASE, QUERIES[0], 1).product_ids != gone
+        assert shop.vectors.count(RELEASE) == N
+    with shop.pool.connection() as connection:
+        assert connection.execute("SHOW lock_timeout").fetchone() == ("0",)
+
+
 @pytest.mark.parametrize("name", ["", "Upper", 'a"; DROP TABLE products; --', "x" * 41, "-a"])
 def test_what_is_no_release_name_is_refused(store, name):
     with pytest.raises(ValueError, match="is no release name"):
