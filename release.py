@@ -59,7 +59,7 @@ PROMOTIONS = "promotions.jsonl"
 MAX_CHECKPOINT_BYTES = 8 * 2**30
 EMBED_BATCH = 1024
 MEND = "restore it, train again, or use another release"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")  # a table of the database has it too: see store/vectors.py
 
 Part = TypeVar("Part")
 
@@ -84,7 +84,7 @@ class Release:
     def create(cls, models_dir: Path, name: str) -> Release:
         """The release `name`, made empty if there is none."""
         if not _NAME.fullmatch(name):
-            raise UserError(f"{name!r} is no release name: use letters, digits, '.', '_' and '-', at most 63")
+            raise UserError(f"{name!r} is no release name: use lower-case letters, digits, '_' and '-', at most 40")
         folder = models_dir / name
         folder.mkdir(parents=True, exist_ok=True)
         release = cls(folder)
@@ -152,12 +152,13 @@ class Release:
 
     def make_live(self, back: bool = False) -> None:
         """Point `current` here, in one atomic step, as a promotion or the way `back`. Raises UserError unless the release is
-        complete."""
+        complete and there."""
         self.check_complete()
         models_dir = self.folder.parent
         pointer = models_dir / "current"
         temporary = pointer.with_suffix(f".{os.getpid()}.tmp")
         with _promotions(models_dir) as log:
+            self.open(models_dir, self.name)  # it may have been deleted while whoever calls was checking it
             before = self.current(models_dir)
             if before is not None and not log.tell():  # the first entry: what was live before it counts as well
                 log.write(_promotion(before, back=False))
@@ -388,8 +389,7 @@ def delete(store: Store, models_dir: Path, name: str) -> None:
         experiment = store.experiments.running()
         if experiment is not None and name in {arm.release for arm in experiment.arms}:
             raise UserError(f"release {name} answers in the experiment {experiment.name!r}; stop that first")
-        if name in store.vectors.releases():
-            store.vectors.drop(name)
+        store.vectors.drop_all(name)
         store.releases.delete(name)
         shutil.rmtree(folder)
 

@@ -176,6 +176,22 @@ def test_a_release_that_was_deleted_is_passed_over_on_the_way_back(tmp_path):
     assert Release.previous(tmp_path) == "a"
 
 
+def test_what_is_deleted_while_it_is_checked_does_not_go_live(tmp_path):
+    complete(tmp_path, "a").make_live()
+    late = complete(tmp_path, "b")
+    shutil.rmtree(tmp_path / "b")
+    with pytest.raises(UserError, match="no release 'b'"):
+        late.make_live()
+    assert (Release.current(tmp_path), Release.past(tmp_path)) == ("a", ["a"])
+
+
+@pytest.mark.parametrize("name", ["", "-a", "Summer", "2026.1", "x" * 41, "../a"])
+def test_a_name_that_no_table_can_have_is_refused_before_anything_is_trained(tmp_path, name):
+    with pytest.raises(UserError, match="is no release name"):
+        Release.create(tmp_path, name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_was_live_before_anything_was_written_down_counts_too(tmp_path):
     complete(tmp_path, "a")
     (tmp_path / "current").write_text("a\n")
