@@ -19,8 +19,9 @@ from api_controller.schemas import (
     ProductsAnswer,
     RefusedBody,
 )
-from api_controller.service import Service, ServiceDep
+from api_controller.service import Service, ServiceDep, unavailable
 from catalog import RawProduct, Rejected
+from settings import UserError
 
 router = APIRouter(tags=["goods"])
 
@@ -61,7 +62,10 @@ async def products(request: Request, service: ServiceDep) -> ProductsAnswer:
         values = [_refused_value(given.places[place], value) for place, value in put.refused]
         return ProductsAnswer(stored=len(given.rows), refused=given.refused, refused_values=values), put.embedded
 
-    answer, embedded = await service.run(work)
+    try:
+        answer, embedded = await service.run(work)
+    except UserError as error:  # no schema yet, by which to read them
+        raise unavailable(str(error)) from error
     for outcome, count in (("stored", answer.stored), ("refused", len(answer.refused)), ("embedded", embedded)):
         service.rows.labels("product", outcome).inc(count)
     return answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from store import Store
 from store.experiments import REPORT_SECONDS
 from text_encoder import TextEncoder
 
+log = logging.getLogger("styletower")
 LEXICON = Path(__file__).parent.parent / "lexicon.json"
 THREADS = 4
 MAX_WAITING = 64  # requests in the pool's queue; beyond, 503 at once
@@ -107,12 +109,15 @@ class Service:
     async def keep_current(self) -> None:
         """What was missing at the start may come, and what is popular changes; nobody has to ask for it."""
         loop = asyncio.get_running_loop()
-        while self.recommender is None:
-            await asyncio.sleep(RETRY_SECONDS)
-            self.problem = await loop.run_in_executor(self.pool, self.check)
         while True:
-            await asyncio.sleep(FALLBACK_SECONDS)
-            await loop.run_in_executor(self.pool, self.recommender.refresh)
+            await asyncio.sleep(RETRY_SECONDS if self.recommender is None else FALLBACK_SECONDS)
+            try:
+                if self.recommender is None:
+                    self.problem = await loop.run_in_executor(self.pool, self.check)
+                else:
+                    await loop.run_in_executor(self.pool, self.recommender.refresh)
+            except Exception:  # nobody awaits this task: once ended, it would be missed by nobody either
+                log.exception("what is kept in memory is as it was; tried again soon")
 
     def count_effects(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
@@ -122,7 +127,10 @@ class Service:
     async def watch_keys(self) -> None:
         """In a thread of its own: a busy pipeline must not keep a revoked key in force."""
         while True:
-            await asyncio.to_thread(self.access.refresh, self.store)
+            try:
+                await asyncio.to_thread(self.access.refresh, self.store)
+            except Exception:  # were this to end, a revoked key would be in force for ever
+                log.exception("the API keys could not be read; those known last go on")
             await asyncio.sleep(KEY_SECONDS)
 
     def close(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from fastapi.routing import APIRoute, iter_route_contexts
 from hypothesis import given
@@ -10,6 +12,7 @@ from pydantic import ValidationError
 
 from api_controller.access import ADMIN, OPEN, PUBLIC, Buckets, beyond_this_machine, told_to_listen
 from api_controller.app import app
+from api_controller.service import Service
 from settings import ServiceSettings
 
 LEVELS = {OPEN.dependency: "open", PUBLIC.dependency: "public", ADMIN.dependency: "admin"}
@@ -83,6 +86,27 @@ def test_the_buckets_that_are_remembered_are_bounded_and_the_busiest_stay():
         buckets.take(f"stranger {stranger}")
     assert len(buckets.left) == 3
     assert buckets.take("busy") > 0
+
+
+def test_the_keys_are_looked_at_again_after_an_error_that_nobody_foresaw(monkeypatch):
+    monkeypatch.setattr("api_controller.service.KEY_SECONDS", 0.0)
+    service = Service(ServiceSettings(_env_file=None))
+
+    async def watched() -> None:
+        loop, again, looks = asyncio.get_running_loop(), asyncio.Event(), iter((1, 2))
+
+        def refresh(_: object) -> None:
+            if next(looks, 3) == 1:
+                raise RuntimeError("of no kind that was foreseen")
+            loop.call_soon_threadsafe(again.set)
+
+        monkeypatch.setattr(service.access, "refresh", refresh)
+        task = asyncio.create_task(service.watch_keys())
+        await asyncio.wait_for(again.wait(), 30)
+        task.cancel()
+
+    asyncio.run(watched())
+    service.close()
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0", "::", "192.168.1.5", "203.0.113.9", "fe80::1%eth0", "::ffff:10.0.0.1"])

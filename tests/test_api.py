@@ -84,6 +84,12 @@ def test_a_row_of_a_nest_too_deep_to_be_written_is_refused_like_any_other(servic
     assert [row["index"] for row in answer.json()["refused"]] == [0, 1]
 
 
+def test_products_before_there_is_a_schema_are_a_503_that_says_so(service):
+    answer = service.put("/products", json={"product_id": "p", "title": "Dress"})
+    assert answer.status_code == 503
+    assert "no feature schema yet" in answer.json()["detail"]
+
+
 def test_a_profile_is_stored(service):
     answer = service.put("/users/u1", json={"profile": {"height_cm": 172}})
     assert answer.status_code == 200
