@@ -28,6 +28,7 @@ from experiments import Arm, Experiment, Rate, differences, figures, fraction, s
 from rules import DEFAULT
 from settings import UserError
 from store import Impression
+from store.experiments import REPORT_SECONDS
 
 router = APIRouter(tags=["experiments"], dependencies=[ADMIN])
 
@@ -165,7 +166,9 @@ async def report(
     if not chosen:
         raise _unknown(name if version is None else f"{name} version {version}")
     experiment = chosen[0]
-    tallies = await service.run(lambda: store.experiments.tallies(name, experiment.version), report=True)
+    tallies = await service.run(
+        lambda: store.experiments.tallies(name, experiment.version), REPORT_SECONDS, service.reports
+    )
     found = [figures(arm.name, tallies) for arm in experiment.arms]
     ratio = sample_ratio(experiment.arms, found)
     warnings = []

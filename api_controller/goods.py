@@ -25,6 +25,7 @@ from settings import UserError
 
 router = APIRouter(tags=["goods"])
 
+PUT_SECONDS = 60.0  # a thousand new titles are embedded in some seconds, and not undone when nobody waits for them
 PRODUCTS: TypeAdapter[RawProduct] = TypeAdapter(RawProduct)
 PRODUCT_EXAMPLE: list[Any] = [
     {"product_id": "new-1", "title": "Women's linen wrap dress", "attributes": {"category": "dress"}, "price": 59000}
@@ -63,7 +64,7 @@ async def products(request: Request, service: ServiceDep) -> ProductsAnswer:
         return ProductsAnswer(stored=len(given.rows), refused=given.refused, refused_values=values), put.embedded
 
     try:
-        answer, embedded = await service.run(work)
+        answer, embedded = await service.run(work, PUT_SECONDS)
     except UserError as error:  # no schema yet, by which to read them
         raise unavailable(str(error)) from error
     for outcome, count in (("stored", answer.stored), ("refused", len(answer.refused)), ("embedded", embedded)):

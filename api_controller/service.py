@@ -26,7 +26,6 @@ from readers import LexiconReader
 from rules import Effect
 from settings import ServiceSettings, UserError
 from store import Store
-from store.experiments import REPORT_SECONDS
 from text_encoder import TextEncoder
 
 log = logging.getLogger("styletower")
@@ -141,15 +140,16 @@ class Service:
         if self.store is not None:
             self.store.close()
 
-    async def run(self, work: Callable[[], Result], report: bool = False) -> Result:
-        """Do blocking work in the pool, or beside it what may take REPORT_SECONDS, one after the other. 503 when the queue is full,
-        time is up, or the database is away."""
-        pool, seconds = (self.reports, REPORT_SECONDS) if report else (self.pool, REQUEST_SECONDS)
+    async def run(
+        self, work: Callable[[], Result], seconds: float = REQUEST_SECONDS, pool: ThreadPoolExecutor | None = None
+    ) -> Result:
+        """Do blocking work in the pool of requests, or in another. 503 when the queue is full, `seconds` are up, or the database is
+        away. Work that has begun goes on, and is done, though nobody waits for it any more."""
         if self.waiting >= MAX_WAITING:
             raise unavailable("too many requests are waiting")
         self.waiting += 1
         try:
-            future = asyncio.get_running_loop().run_in_executor(pool, work)
+            future = asyncio.get_running_loop().run_in_executor(pool or self.pool, work)
             return await asyncio.wait_for(future, seconds)
         except TimeoutError as error:
             raise unavailable(f"no answer within {seconds:.0f} s") from error

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
+from fastapi import HTTPException
 from fastapi.routing import APIRoute, iter_route_contexts
 from hypothesis import given
 from hypothesis import strategies as st
@@ -146,3 +148,14 @@ def test_what_is_no_origin_is_refused_at_the_start(origins):
 )
 def test_the_host_that_the_server_was_told(arguments, environment, host):
     assert told_to_listen(arguments, environment) == host
+
+
+def test_work_that_takes_longer_than_it_may_is_a_503_and_each_may_take_its_own_time():
+    service = Service(ServiceSettings(_env_file=None))
+    gate = threading.Event()
+    with pytest.raises(HTTPException, match="no answer within 0 s") as refused:
+        asyncio.run(service.run(gate.wait, seconds=0.01))
+    assert refused.value.status_code == 503
+    gate.set()
+    assert asyncio.run(service.run(gate.wait, seconds=30))
+    service.close()
