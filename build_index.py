@@ -152,6 +152,7 @@ def main(options: IndexOptions) -> None:
     encoder = ItemEncoder(release, TextEncoder.load(options))
     with Store.open(options) as store:
         origins = store.products.origins()
+        encoder.learn_words(store.releases.words(release.name))  # of goods that came since it was trained
         shop = ShopData.of_release(store, encoder, release)
         rows, norm = index_rows(shop, release)
         links = shop.links(shop.now)

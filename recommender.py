@@ -179,19 +179,12 @@ class LoadedRelease:
         """Of an item's row: 1 where nobody met the item yet (the last popularity coordinate)."""
         return self.item_width + self.popularity_width - 1
 
-    def learn_words(self, words: dict[tuple[str, str], int], text_encoder: TextEncoder) -> None:
+    def learn_words(self, words: dict[tuple[str, str], int]) -> None:
         """Add RE words that came after training, under the ids the database gave them (dense, in order)."""
-        vocab = self.encoder.re_vocab
-        new = sorted((word_id, field, value) for (field, value), word_id in words.items() if word_id >= len(vocab))
-        if not new:
-            return
-        text = torch.from_numpy(text_encoder.pooled([value for _, _, value in new]))
-        rows = self.encoder.tower.re_embedding(text).detach()
-        self.encoder.tower.grow([vocab.field_names.index(field) + 1 for _, field, _ in new], text)
-        self.reranker.grow(rows)
-        for word_id, field_name, value in new:
-            if vocab.grow(field_name, value) != [word_id]:
-                raise UnavailableError(f"the RE vocabulary of release {self.name} has a hole before id {word_id}")
+        try:
+            self.encoder.learn_words(words, self.reranker.grow)
+        except UserError as error:
+            raise UnavailableError(str(error)) from error
 
 
 class Recommender:
@@ -553,7 +546,7 @@ class Recommender:
         """Catch up with RE words that another worker added, before an id of theirs reaches a model."""
         if re_ids.size and int(re_ids.max()) >= len(loaded.encoder.re_vocab):
             with self._lock:
-                loaded.learn_words(self.store.releases.words(loaded.name), self.text_encoder)
+                loaded.learn_words(self.store.releases.words(loaded.name))
 
     def allowed_values(self) -> dict[str, dict[str, str]]:
         """What a filter may name, as the live release knows it: field -> normalised spelling -> the schema's spelling."""
@@ -662,7 +655,7 @@ class Recommender:
         if words:
             with self._lock:
                 known = self.store.releases.add_words(loaded.name, sorted(words), first_id=loaded.trained_re_words)
-                loaded.learn_words(known, self.text_encoder)
+                loaded.learn_words(known)
         features = encoder.features(products)
         config = loaded.user_tower.config
         rows = np.zeros((len(products), config.row_width), dtype=np.float32)

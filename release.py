@@ -304,6 +304,28 @@ class ItemEncoder:
         self.text_encoder = text_encoder
         self.cache = release.folder / "item_vectors.npz"
 
+    def learn_words(
+        self, words: Mapping[tuple[str, str], int], also: Callable[[Tensor], None] = lambda rows: None
+    ) -> None:
+        """Add RE words that came after training, under the ids the database gave them (dense, in order).
+
+        also: given the new rows of the table [K, dim] before the vocabulary grows, whose length tells other threads which ids every
+        model knows. Raises UserError when the ids leave a hole.
+        """
+        vocab = self.re_vocab
+        new = sorted((word_id, field, value) for (field, value), word_id in words.items() if word_id >= len(vocab))
+        if not new:
+            return
+        text = torch.from_numpy(self.text_encoder.pooled([value for _, _, value in new]))
+        rows = self.tower.re_embedding(text).detach()
+        self.tower.grow([vocab.field_names.index(field) + 1 for _, field, _ in new], text)
+        also(rows)
+        for word_id, field, value in new:
+            if vocab.grow(field, value) != [word_id]:
+                raise UserError(
+                    f"the RE vocabulary of release {self.cache.parent.name} has a hole before id {word_id}; train another release"
+                )
+
     def features(self, products: Sequence[Product]) -> ItemFeatures:
         return catalogue_features(products, self.std_vocab, self.re_vocab, self.layout, self.text_encoder)
 

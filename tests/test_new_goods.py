@@ -63,6 +63,16 @@ def test_new_goods_of_an_unseen_style_reach_those_whose_taste_they_fit(database_
         shoppers = store.events.read().user_ids
         now = sample_shop.NOW.timestamp()
         lists = [recommender.recommend(Request(shopper, k=100, now=now)).items for shopper in shoppers]
+
+        # The daily index of the same release knows their words too.
+        release, new = recommender.live().name, [f"new-{product.product_id}" for product in models]
+        width = recommender.live().item_width
+        before = store.vectors.fetch(release, new)
+        build_index.main(build_index.IndexOptions(**common))
+        after = store.vectors.fetch(release, new)
+    assert after.product_ids == before.product_ids == new
+    assert (after.re_ids == before.re_ids).all()
+    assert np.allclose(after.vectors[:, :width], before.vectors[:, :width], atol=1e-5)
     offered = [{item.product_id for item in items} for items in lists]
     seen = np.array(
         [[f"new-{product.product_id}" in ids for product in models] for ids in offered]
