@@ -85,7 +85,9 @@ PIPELINES: dict[str, list[list[str]]] = {
         ["import_data.py", "s3rec", "{folder}", "--until", "2000-01-01"],
         SELLER,  # attributes are all there is to read
         ["train_simcse.py", "--release", "split"],
-        ["train_user.py", "--release", "split"],
+        # Its days are places in a sequence: what sold in the last of them says nothing, and the first hardly resemble the last.
+        ["train_user.py", "--release", "split", "--epochs", "3", "--learning-rate", "0.0003", "--train-days", "3"]
+        + ["--popularity-days", "[365]", "--season-days", "0"],
         ["train_reranker.py", "--release", "split"],
         ["build_index.py", "--release", "split"],
         ["evaluate.py", "s3rec-beauty", "{folder}"],
