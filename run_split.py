@@ -32,8 +32,6 @@ from settings import Settings, UserError, run_script
 SELLER = ["extract_features.py", "--reader", "seller"]
 EMBEDDED = ["extract_features.py", "--reader", "embedded", "--extract-examples", "0"]
 EMBEDDED += ["--answers", "datasets/sample_shop_answers.jsonl.gz"]
-BEAUTY = ["--epochs", "3", "--learning-rate", "0.0003", "--train-days", "3", "--popularity-days", "[365]"]
-BEAUTY += ["--season-days", "0"]
 SELLER_NAME = "styletower, sellers' attributes alone"
 MODELS = "saved_models"  # of each pipeline's own folder
 
@@ -87,8 +85,7 @@ PIPELINES: dict[str, list[list[str]]] = {
         ["import_data.py", "s3rec", "{folder}", "--until", "2000-01-01"],
         SELLER,  # attributes are all there is to read
         ["train_simcse.py", "--release", "split"],
-        # Its days are places in a sequence: what sold in the last of them says nothing, and the first hardly resemble the last.
-        ["train_user.py", "--release", "split", *BEAUTY],
+        ["train_user.py", "--release", "split"],
         ["train_reranker.py", "--release", "split"],
         ["build_index.py", "--release", "split"],
         ["evaluate.py", "s3rec-beauty", "{folder}"],

@@ -77,7 +77,7 @@ class SampledSoftmax:
     """Batches and loss of the user tower over events in [shop's start, end)."""
 
     def __init__(self, shop: ShopData, tower: UserTower, options: UserOptions, start: float, end: float) -> None:
-        self.shop, self.tower, self.options, self.end = shop, tower, options, end
+        self.shop, self.tower, self.options = shop, tower, options
         self.targets = shop.targets(max(start, end - options.train_days * DAY), end)
         if len(self.targets) < 2:
             raise UserError(
@@ -142,26 +142,15 @@ class SampledSoftmax:
         together, variant = self.links.scores(history, batch.history_mask.numpy(), candidates, target)
         scores = query @ keys.T + self.tower.link_scores(together, variant)
         logits = scores - log_q  # (B, C)
-        # What the shopper met is not offered again, so it is no competitor. Nor is what they take later: it is no wrong answer, and
-        # their own taking of it is in the links, which would learn that what is strongly linked is wrong.
-        row, taken = self._own(rows)
-        column = column_of[taken]
-        logits[torch.from_numpy(row[column >= 0]), torch.from_numpy(column[column >= 0])] = -torch.inf
+        # What the shopper already met is not offered again, so it is no competitor either.
+        met = np.where(index.mask, column_of[history], -1)
+        row, column = np.nonzero(met >= 0)
+        logits[torch.from_numpy(row), torch.from_numpy(met[row, column])] = -torch.inf
         weight = torch.from_numpy(histories.weight[rows])
         # The target may stand in the basket history of the same instant under another kind: it stays a target.
         own = (torch.arange(len(rows)), torch.from_numpy(target))
         logits[own] = scores[own] - log_q[own[1]]
         return (F.cross_entropy(logits, own[1], reduction="none") * weight).sum() / weight.sum()
-
-    def _own(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """All that the shoppers of events `rows` [B] took before `end`: places in `rows` and catalogue rows, int [K] each."""
-        histories = self.shop.histories
-        users = histories.user[rows]
-        first, count = histories.starts[users], histories.starts[users + 1] - histories.starts[users]
-        place = np.repeat(np.arange(len(rows)), count)
-        event = np.arange(len(place)) + np.repeat(first - (np.cumsum(count) - count), count)
-        known = histories.at[event] < self.end
-        return place[known], histories.item[event[known]]
 
     def _user_batch(self, index: HistoryIndex, rows: np.ndarray, popularity: Tensor) -> UserBatch:
         histories = self.shop.histories
