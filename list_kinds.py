@@ -39,7 +39,7 @@ KINDS: tuple[ListKind, ...] = get_args(ListKind)
 # single precision loses their order.
 CART_LIFT = 1000.0
 
-TRENDING_EVENTS = 200_000  # the latest, that trends are read from: a quarter of a second's work
+TRENDING_EVENTS = 200_000  # the latest, that trends are read from
 TRENDING_SECONDS = 60.0  # for so long they are not read again
 # But those of so short a time ago are, by every request.
 TRENDING_FRESH_SECONDS = 600.0
@@ -329,7 +329,7 @@ class ListKinds:
         self, loaded: LoadedRelease, ids: Sequence[str], query: np.ndarray, limit: int, request: Request, limits: Limits
     ) -> Found:
         """The first `limit` of `ids` that may be offered, in order. Few are asked after first: mostly they are enough."""
-        filters = limits.filters(request.filters, time.time() if request.now is None else request.now)
+        filters = limits.filters(request.filters, request.moment)
         start, size = 0, 10 * limit
         found = None
         while found is None or (start < len(ids) and len(found.product_ids) < limit):

@@ -24,7 +24,7 @@ from extract_features import extract_many, fingerprints, is_changed
 from model_user import fill_norms
 from readers import LexiconReader
 from release import ItemEncoder, Release
-from rule_search import Limits, RuleSearch, Search, limits_of
+from rule_search import Limits, RuleSearch, Search, limits_of, ranked_of
 from rules import DEFAULT, Effect, HideMet, NamedRules, Placed, Ranked, RuleSet, apply, filtered, seed_of
 from settings import Settings, UserError
 from store import Filters, Found, History, ItemRows, Store, UserState
@@ -76,6 +76,11 @@ class Request:
     cart: Sequence[str] = ()  # that a list of kind "basket" completes
     explain: bool = True  # off saves the time
     release: str | None = None  # to answer from; the live one if None, or if this one cannot be used
+
+    @property
+    def moment(self) -> float:
+        """As of when to answer, epoch seconds."""
+        return time.time() if self.now is None else self.now
 
 
 @dataclass(frozen=True)
@@ -278,25 +283,19 @@ class Recommender:
         """Answer once for nobody: the first real request then finds everything in place, and the fallback is known."""
         try:
             answer = self._answer(loaded, Request(k=FALLBACK_ITEMS, explain=False))
-            rows = self.store.vectors.fetch(loaded.name, [item.product_id for item in answer.items])
-            facts = self.store.products.facts(rows.product_ids)
+            fetched = self.store.vectors.fetch(loaded.name, [item.product_id for item in answer.items])
+            items = {item.product_id: item for item in answer.items}
+            found = [items[product_id] for product_id in fetched.product_ids]
+            rows, ranked = ranked_of(
+                self.store, fetched.product_ids, np.array([item.score for item in found]), fetched.vectors,
+                loaded.item_width, loaded.untouched_column,
+            )  # fmt: skip
             self.store.rules.live(DEFAULT)
         except psycopg.Error:
             return
-        known = [row for row, product_id in enumerate(rows.product_ids) if product_id in facts]
-        items = {item.product_id: item for item in answer.items}
-        popular = [items[rows.product_ids[row]] for row in known]
-        ranked = Ranked(
-            [
-                replace(facts[i.product_id], new=bool(rows.vectors[row, loaded.untouched_column] > 0))
-                for i, row in zip(popular, known, strict=True)
-            ],
-            np.array([item.score for item in popular]),
-            rows.vectors[known, : loaded.item_width],
-        )
         reasons = [general_reason("popular")]
         self._popular = Popular(
-            [replace(item, score=0.0, stage="popular", reasons=reasons) for item in popular], ranked
+            [replace(found[row], score=0.0, stage="popular", reasons=reasons) for row in rows], ranked
         )
 
     def rules(self, name: str) -> NamedRules | None:
@@ -358,7 +357,7 @@ class Recommender:
 
     def _answer(self, loaded: LoadedRelease, request: Request) -> Answer:
         clock = _Clock()
-        now = _now(request)
+        now = request.moment
         with clock("user"):
             if request.user_id is not None and request.user_id.startswith(SESSION):
                 request = replace(request, user_id=self.store.sessions.owner(request.user_id))
@@ -414,7 +413,7 @@ class Recommender:
         with clock("rules"):
             ruling = RuleSearch(
                 named.rules, _limits(request), self.store, source.search, source.new_goods,
-                source.query, loaded.item_width, loaded.untouched_column, request.k, request.user_id, _now(request),
+                source.query, loaded.item_width, loaded.untouched_column, request.k, request.user_id, request.moment,
             )  # fmt: skip
             found = ruling.supplemented(found)
         while True:
@@ -446,7 +445,7 @@ class Recommender:
             there = set(given.product_ids)
             unknown = [product_id for product_id in request.history if product_id not in there]
             warnings += [f"item {product_id!r} in history is unknown; ignored" for product_id in unknown]
-            now = _now(request)
+            now = request.moment
             state = state.extended(given, kind="view", at=now, limit=length)
         return state, warnings
 
@@ -515,7 +514,7 @@ class Recommender:
 
         def search(query: np.ndarray, limit: int, limits: Limits) -> Found:
             return self.store.vectors.search(
-                loaded.name, query, limit, limits.filters(request.filters, _now(request)), limits.left_out,
+                loaded.name, query, limit, limits.filters(request.filters, request.moment), limits.left_out,
                 loaded.ef_search, limits.met_by, history, limits.hides,
             )  # fmt: skip
 
@@ -628,10 +627,7 @@ class Recommender:
         deleted = self.store.products.delete(ids)
         popular = self._popular
         kept = [row for row, item in enumerate(popular.items) if item.product_id not in deleted]
-        ranked = Ranked(
-            [popular.ranked.facts[row] for row in kept], popular.ranked.scores[kept], popular.ranked.vectors[kept]
-        )
-        self._popular = Popular([popular.items[row] for row in kept], ranked)
+        self._popular = Popular([popular.items[row] for row in kept], popular.ranked.take(kept))
         return deleted
 
     def catch_up(self) -> int:
@@ -671,19 +667,14 @@ class Recommender:
         return ItemRows(features.product_ids, rows, features.std, features.re)
 
 
-def _now(request: Request) -> float:
-    return time.time() if request.now is None else request.now
-
-
 def _popular_by_rules(
     request: Request, named: NamedRules, popular: Ranked, rows: Sequence[int]
 ) -> tuple[list[Placed], RulesUsed]:
     """What rules make of these rows of the popular items."""
-    now = _now(request)
+    now = request.moment
     passed, removed = filtered(named.rules, [popular.facts[row] for row in rows], now)
     kept = [rows[row] for row in passed]
-    ranked = Ranked([popular.facts[row] for row in kept], popular.scores[kept], popular.vectors[kept])
-    outcome = apply(named.rules, ranked, request.k, now, seed_of(request.user_id or "", now))
+    outcome = apply(named.rules, popular.take(kept), request.k, now, seed_of(request.user_id or "", now))
     effects = [
         replace(effect, removed=removed.get(number, effect.removed)) for number, effect in enumerate(outcome.effects)
     ]
@@ -694,7 +685,7 @@ def _popular_by_rules(
 def _limits(request: Request) -> Limits:
     """What rules, the shopper's past and the request itself do not let be shown."""
     rules = RuleSet([]) if request.rules is None else request.rules.rules
-    return limits_of(rules, request.user_id, request.history, request.exclude, request.exclude_history, _now(request))
+    return limits_of(rules, request.user_id, request.history, request.exclude, request.exclude_history, request.moment)
 
 
 def _links(loaded: LoadedRelease, state: UserState) -> History:

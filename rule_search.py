@@ -66,6 +66,19 @@ def _hides_views(rule: HideMet) -> bool:
     return rule.events is None or "view" in rule.events
 
 
+def ranked_of(
+    store: Store, product_ids: Sequence[str], scores: np.ndarray, vectors: np.ndarray, item_width: int, untouched: int
+) -> tuple[list[int], Ranked]:
+    """What rules look at, of products with their scores [N] and rows of a release [N, D], whose columns are as in `RuleSearch`;
+    and which of the N it holds: those that are still there."""
+    facts = store.products.facts(product_ids)
+    rows = [row for row, product_id in enumerate(product_ids) if product_id in facts]
+    known = vectors[rows] if rows else np.zeros((0, untouched + 1), dtype=np.float32)
+    new = known[:, untouched] > 0
+    described = [replace(facts[product_ids[row]], new=bool(one)) for row, one in zip(rows, new, strict=True)]
+    return rows, Ranked(described, scores[rows], known[:, :item_width])
+
+
 class RuleSearch:
     """One request under its rules: `search` finds for it within limits, `new_goods` so many products that nobody met, by
     `query`. `item_width` columns of a row are the item's vector, column `untouched` says that nobody met it."""
@@ -99,16 +112,7 @@ class RuleSearch:
 
     def arranged(self, found: Found, scores: np.ndarray) -> Outcome:
         """The places, given the rows of `found` and their logits [N]."""
-        facts = self.store.products.facts(found.product_ids)
-        # What was deleted a moment ago has none.
-        rows = [row for row, product_id in enumerate(found.product_ids) if product_id in facts]
-        vectors = found.vectors[rows] if rows else np.zeros((0, self.untouched + 1), dtype=np.float32)
-        new = vectors[:, self.untouched] > 0
-        ranked = Ranked(
-            [replace(facts[found.product_ids[row]], new=bool(one)) for row, one in zip(rows, new, strict=True)],
-            scores[rows],
-            vectors[:, : self.item_width],
-        )
+        rows, ranked = ranked_of(self.store, found.product_ids, scores, found.vectors, self.item_width, self.untouched)
         outcome = apply(self.rules, ranked, self.k, self.now, seed_of(self.user_id or "", self.now))
         placed = [replace(one, row=rows[one.row]) for one in outcome.placed]
         return replace(outcome, placed=placed)

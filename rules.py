@@ -269,6 +269,10 @@ class Ranked:
     scores: np.ndarray  # [N], logits
     vectors: np.ndarray  # [N, D], of unit length
 
+    def take(self, rows: Sequence[int]) -> Ranked:
+        """Those rows, in that order."""
+        return Ranked([self.facts[row] for row in rows], self.scores[rows], self.vectors[rows])
+
 
 @dataclass(frozen=True)
 class Effect:

@@ -175,6 +175,16 @@ def place_effect(lists: Lists, which: np.ndarray) -> float:
     return effect
 
 
+def ndcg_by_trust(own: Tensor, retrieval: Tensor, positive: np.ndarray, answers: np.ndarray) -> dict[float, np.ndarray]:
+    """NDCG of each list by each of TRUSTS in the model: its own logits and retrieval's [L, N], where right answers stand bool
+    [L, N], how many there are [L]."""
+    found = {}
+    for trust in TRUSTS:
+        order = trusted(own, retrieval, trust).argsort(dim=1, descending=True, stable=True).numpy()
+        found[trust] = ndcg(np.take_along_axis(positive, order, axis=1), answers, NDCG_AT)
+    return found
+
+
 class ListFeatures:
     """RerankBatch of any lists."""
 
@@ -398,23 +408,11 @@ def main(options: RerankerOptions) -> None:
         weight = torch.from_numpy(weight_of[which]).float()
         return (F.cross_entropy(logits(deepfm, which)[0], target, reduction="none") * weight).mean()
 
-    def judge(deepfm: nn.Module) -> dict[float, np.ndarray]:
-        """NDCG of each validation list, by how far the model is trusted."""
-        parts = [logits(deepfm, validation_rows[i : i + 256]) for i in range(0, len(validation_rows), 256)]
-        own, retrieval = (torch.cat(column) for column in zip(*parts, strict=True))
-        positive, answers = lists.positive[validation_rows], lists.answers[validation_rows]
-        found = {}
-        for trust in TRUSTS:
-            order = trusted(own, retrieval, trust).argsort(dim=1, descending=True, stable=True).numpy()
-            found[trust] = ndcg(np.take_along_axis(positive, order, axis=1), answers, NDCG_AT)
-        return found
-
-    def best_trust(found: dict[float, np.ndarray]) -> float:
-        return max(TRUSTS, key=lambda trust: np.average(found[trust], weights=validation_weights))
-
     def validate(deepfm: nn.Module) -> dict[str, float]:
-        found = judge(deepfm)
-        trust = best_trust(found)
+        parts = [logits(deepfm, validation_rows[i : i + 256]) for i in range(0, len(validation_rows), 256)]
+        own_logits, retrieval = (torch.cat(column) for column in zip(*parts, strict=True))
+        found = ndcg_by_trust(own_logits, retrieval, lists.positive[validation_rows], lists.answers[validation_rows])
+        trust = max(found, key=lambda trust: np.average(found[trust], weights=validation_weights))
         own, before = found[trust], found[0.0]
         known = lists.known[validation_rows]
         return {
@@ -430,8 +428,7 @@ def main(options: RerankerOptions) -> None:
 
     model = new_model()
     report = fit(model, batches(train_rows), loss, validate, metric, options, release.folder, STAGE)
-    with torch.no_grad():
-        config = replace(config, trust=best_trust(judge(model)))
+    config = replace(config, trust=report.history[report.best_epoch]["trust"])  # the start is epoch 0
     if options.refit and report.best_epoch:
         model = new_model()
         again = options.model_copy(update={"epochs": report.best_epoch})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,6 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import httpx
 import hypothesis
 import psycopg
 import pytest
@@ -23,8 +25,9 @@ import train_reranker
 import train_simcse
 import train_user
 from datasets import sample_shop
-from settings import Settings
+from settings import Settings, run_script
 from store import Store, embedded
+from tests.serving import environment_of, serving
 from tests.tiny import tiny_text_encoder
 
 TEMPLATE = "empty_store"
@@ -106,6 +109,35 @@ def new_shop(new_database: NewDatabase) -> Iterator[NewShop]:
                 yield settings.model_copy(update={"database_url": database_url, "models_dir": models})
 
         yield copy
+
+
+@pytest.fixture(scope="module")
+def shop(new_shop: NewShop) -> Iterator[Settings]:
+    """A trained, live shop that the tests of a module share: its settings."""
+    with new_shop() as settings:
+        yield settings
+
+
+@pytest.fixture(scope="module")
+def client(shop: Settings) -> Iterator[httpx.Client]:
+    """A client of a server of that shop."""
+    with serving(environment_of(shop)) as (_, client):
+        yield client
+
+
+@pytest.fixture
+def exit_code(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str | int | None]:
+    """Runs a script in this process: its options, its main function, and the words of its command line."""
+
+    def run(options: type[Settings], main: Callable[[Any], None], *words: str) -> str | int | None:
+        monkeypatch.setattr(sys, "argv", list(words))
+        try:
+            run_script(options, main)
+        except SystemExit as stopped:
+            return stopped.code
+        return 0
+
+    return run
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -42,6 +43,17 @@ def serving(environment: Mapping[str, str], *arguments: str) -> Iterator[tuple[s
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         process.wait(DEADLINE)
+
+
+def recommend(client: httpx.Client, **body: Any) -> dict[str, Any]:
+    """The answer of a request for a list that is answered."""
+    answer = client.post("/recommend", json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def ids(answer: dict[str, Any]) -> list[str]:
+    return [item["product_id"] for item in answer["items"]]
 
 
 def eventually(condition: Callable[[], bool]) -> None:

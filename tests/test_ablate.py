@@ -60,7 +60,7 @@ STEPS = ["import_data.py", "train_simcse.py", "train_user.py", "train_reranker.p
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capfd):
+def run(tmp_path, monkeypatch, capfd, exit_code):
     """Runs `ablate.py rtr FOLDER` with these scripts; gives exit code, stderr, and the steps that ran."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rentals").mkdir()
@@ -73,12 +73,7 @@ def run(tmp_path, monkeypatch, capfd):
 
     def call(*arguments):
         (tmp_path / "log").write_text("")
-        monkeypatch.setattr(sys, "argv", ["ablate.py", "rtr", "rentals", "--data-dir", "data", *arguments])
-        code = 0
-        try:
-            run_script(AblateOptions, main)
-        except SystemExit as stopped:
-            code = stopped.code
+        code = exit_code(AblateOptions, main, "ablate.py", "rtr", "rentals", "--data-dir", "data", *arguments)
         ran = [line.partition(" --no-baselines")[0] for line in (tmp_path / "log").read_text().splitlines()]
         return code, capfd.readouterr().err, ran
 

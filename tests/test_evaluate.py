@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import ClassVar
@@ -30,7 +29,6 @@ from evaluate import (
 )
 from metrics import read_ratios
 from recommender import Recommender
-from settings import run_script
 from tests.test_import_sources import article, bought, rental, s3rec_folder, write_csv, write_lines
 from tests.test_import_sources import events as events_of
 
@@ -141,7 +139,7 @@ class ScriptedRecommender:
 
 
 @pytest.fixture
-def judge(store, settings, hm_folder, monkeypatch, capsys):
+def judge(store, settings, hm_folder, monkeypatch, capsys, exit_code):
     """Runs the script in `hm_folder` against a database of the training events; gives exit code and stderr."""
     monkeypatch.chdir(hm_folder)
     import_data.import_source(store, "hm", hm.read(hm_folder), HM_CUT.date())
@@ -153,12 +151,7 @@ def judge(store, settings, hm_folder, monkeypatch, capsys):
 
     def run(*arguments):
         given = [*arguments, "--no-shown", "--database-url", settings.database_url]  # the scripted one has no release
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *given])
-        try:
-            run_script(EvaluateOptions, evaluate.main)
-        except SystemExit as stopped:
-            return stopped.code, capsys.readouterr().err
-        return 0, capsys.readouterr().err
+        return exit_code(EvaluateOptions, evaluate.main, "evaluate.py", *given), capsys.readouterr().err
 
     return run
 

@@ -33,6 +33,7 @@ from experiments import (
 )
 from recommender import Recommender, Request
 from release import Release
+from settings import Settings
 from store import Impression, Store
 from tests.serving import DEADLINE, environment_of, eventually, serving
 from text_encoder import TextEncoder
@@ -253,23 +254,23 @@ def test_starts_are_versions_and_there_is_one_at_a_time(store):
 # --- over HTTP --------------------------------------------------------------------------------------------------------
 
 
+def add_second_release(shop: Settings) -> Release:
+    """A copy of the live release, which is given back, that knows every other product only."""
+    first = Release.open(shop.models_dir)
+    shutil.copytree(first.folder, shop.models_dir / "second")
+    with Store.open(shop) as store:
+        rows = store.vectors.fetch(first.name, half(store))
+        store.vectors.create("second", rows.vectors.shape[1])
+        store.vectors.copy("second", rows)
+    return first
+
+
 @pytest.fixture(scope="module")
 def shop(new_shop):
     """A shop with a second release that knows every other product only: its lists tell themselves."""
     with new_shop() as settings:
-        first = Release.open(settings.models_dir)
-        shutil.copytree(first.folder, settings.models_dir / "second")
-        with Store.open(settings) as store:
-            rows = store.vectors.fetch(first.name, half(store))
-            store.vectors.create("second", rows.vectors.shape[1])
-            store.vectors.copy("second", rows)
+        add_second_release(settings)
         yield settings
-
-
-@pytest.fixture(scope="module")
-def client(shop):
-    with serving(environment_of(shop)) as (_, client):
-        yield client
 
 
 def half(store: Store) -> list[str]:
@@ -459,24 +460,19 @@ def test_another_experiment_waits_for_the_one_that_runs(shop, client, running):
 
 def test_an_arm_whose_release_is_lost_is_answered_by_the_live_one_and_not_counted(new_shop):
     with new_shop() as shop:
-        first = Release.open(shop.models_dir)
-        shutil.copytree(first.folder, shop.models_dir / "second")
-        with Store.open(shop) as store:
-            rows = store.vectors.fetch(first.name, half(store))
-            store.vectors.create("second", rows.vectors.shape[1])
-            store.vectors.copy("second", rows)
-            with serving(environment_of(shop)) as (_, client):
-                assert client.put("/experiments/split", json={"arms": arms_of(shop)}).status_code == 200
-                eventually(
-                    lambda: {recommend(client, user_id=f"s{n}")["release"] for n in range(30)} == {first.name, "second"}
-                )
-                shopper = next(f"s{n}" for n in range(30) if recommend(client, user_id=f"s{n}")["release"] == "second")
-                store.vectors.drop("second")
-                answer = recommend(client, user_id=shopper, k=4)
-                assert len(answer["items"]) == 4
-                assert (answer["release"], answer["experiment"], answer["degraded"]) == (first.name, None, False)
-                assert "'second' cannot be used" in answer["warnings"][0]
-                assert metric(client, 'styletower_missed_exposures_total{arm="half",experiment="split"}') == 1
+        first = add_second_release(shop)
+        with Store.open(shop) as store, serving(environment_of(shop)) as (_, client):
+            assert client.put("/experiments/split", json={"arms": arms_of(shop)}).status_code == 200
+            eventually(
+                lambda: {recommend(client, user_id=f"s{n}")["release"] for n in range(30)} == {first.name, "second"}
+            )
+            shopper = next(f"s{n}" for n in range(30) if recommend(client, user_id=f"s{n}")["release"] == "second")
+            store.vectors.drop("second")
+            answer = recommend(client, user_id=shopper, k=4)
+            assert len(answer["items"]) == 4
+            assert (answer["release"], answer["experiment"], answer["degraded"]) == (first.name, None, False)
+            assert "'second' cannot be used" in answer["warnings"][0]
+            assert metric(client, 'styletower_missed_exposures_total{arm="half",experiment="split"}') == 1
 
 
 def test_two_workers_agree_and_write_every_list_before_they_end(shop):

@@ -17,16 +17,9 @@ from recommender import Answer, Recommended, Recommender, Request, UnavailableEr
 from rules import DEFAULT, NamedRules, RuleSet
 from store import Filters, Purchases, Store
 from tensors import DAY
-from tests.serving import environment_of, serving
 from text_encoder import TextEncoder
 
 NOW = sample_shop.NOW.timestamp()
-
-
-@pytest.fixture(scope="module")
-def shop(new_shop):
-    with new_shop() as settings:
-        yield settings
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +27,6 @@ def asked(shop):
     """The store and the pipeline over the trained shop."""
     with Store.open(shop) as store:
         yield store, Recommender(store, shop, TextEncoder.load(shop))
-
-
-@pytest.fixture(scope="module")
-def client(shop):
-    with serving(environment_of(shop)) as (_, client):
-        yield client
 
 
 def ids(answer: Answer) -> list[str]:

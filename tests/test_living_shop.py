@@ -14,22 +14,10 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
 from store import Store
-from tests.serving import environment_of, eventually, serving
+from tests.serving import environment_of, eventually, ids, recommend, serving
 
 T0 = datetime(2026, 6, 29, 10, tzinfo=UTC)
 FRESH = {"Connection": "close"}  # a connection for each request: the workers take turns
-
-
-@pytest.fixture(scope="module")
-def shop(new_shop):
-    with new_shop() as settings:
-        yield settings
-
-
-@pytest.fixture(scope="module")
-def client(shop):
-    with serving(environment_of(shop)) as (_, client):
-        yield client
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +36,6 @@ def goods(shop) -> list[str]:
 
 def event(item: str, minutes: float = 0, **rest) -> dict:
     return {"product_id": item, "at": (T0 + timedelta(minutes=minutes)).isoformat(), **rest}
-
-
-def recommend(client, **body) -> dict:
-    answer = client.post("/recommend", json=body)
-    assert answer.status_code == 200, answer.text
-    return answer.json()
-
-
-def ids(answer) -> list[str]:
-    return [item["product_id"] for item in answer["items"]]
 
 
 def counted(client, what: str, outcome: str) -> float:

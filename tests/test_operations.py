@@ -26,12 +26,6 @@ from tests.tiny import tiny_text_encoder
 
 
 @pytest.fixture(scope="module")
-def shop(new_shop):
-    with new_shop() as settings:
-        yield settings
-
-
-@pytest.fixture(scope="module")
 def made(shop) -> dict[str, str]:
     """A key of each kind, and one that was revoked."""
     with Store.open(shop) as store:

@@ -25,13 +25,6 @@ from text_encoder import TextEncoder
 NOW = sample_shop.NOW.timestamp()
 
 
-@pytest.fixture(scope="module")
-def shop(new_shop):
-    """A trained, live shop: its settings."""
-    with new_shop() as settings:
-        yield settings
-
-
 @pytest.fixture
 def asked(shop):
     """The store and the pipeline over the trained shop."""

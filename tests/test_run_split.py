@@ -28,7 +28,7 @@ FAILING = "import sys; print('evaluate', file=open('log', 'a')); sys.exit(3)"
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capfd):
+def run(tmp_path, monkeypatch, capfd, exit_code):
     """Runs `run_split.py rtr FOLDER` in a folder with these scripts; gives exit code, stderr, and the steps that ran."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rentals").mkdir()
@@ -39,12 +39,7 @@ def run(tmp_path, monkeypatch, capfd):
 
     def call(*arguments):
         (tmp_path / "log").write_text("")
-        monkeypatch.setattr(sys, "argv", ["run_split.py", "rtr", "rentals", "--data-dir", "data", *arguments])
-        code = 0
-        try:
-            run_script(SplitOptions, main)
-        except SystemExit as stopped:
-            code = stopped.code
+        code = exit_code(SplitOptions, main, "run_split.py", "rtr", "rentals", "--data-dir", "data", *arguments)
         return code, capfd.readouterr().err, (tmp_path / "log").read_text().splitlines()
 
     return call

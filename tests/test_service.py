@@ -18,30 +18,8 @@ from catalog import User
 from release import Release
 from settings import Settings
 from store import Store
-from tests.serving import environment_of, eventually, serving
+from tests.serving import environment_of, eventually, ids, recommend, serving
 from tests.tiny import tiny_text_encoder
-
-
-@pytest.fixture(scope="module")
-def shop(new_shop):
-    with new_shop() as settings:
-        yield settings
-
-
-@pytest.fixture(scope="module")
-def client(shop):
-    with serving(environment_of(shop)) as (_, client):
-        yield client
-
-
-def recommend(client, **body):
-    answer = client.post("/recommend", json=body)
-    assert answer.status_code == 200, answer.text
-    return answer.json()
-
-
-def ids(answer) -> list[str]:
-    return [item["product_id"] for item in answer["items"]]
 
 
 def shopper(shop) -> str:

@@ -13,19 +13,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
 from store import Store
-from tests.serving import environment_of, eventually, serving
-
-
-@pytest.fixture(scope="module")
-def shop(new_shop):
-    with new_shop() as settings:
-        yield settings
-
-
-@pytest.fixture(scope="module")
-def client(shop):
-    with serving(environment_of(shop)) as (_, client):
-        yield client
+from tests.serving import environment_of, eventually, ids, recommend, serving
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +21,6 @@ def facts(shop):
     """What the shop's own products are, by id."""
     with Store.open(shop) as store:
         return store.products.facts([product.product_id for product in store.products.read_features()])
-
-
-def recommend(client, **body):
-    answer = client.post("/recommend", json=body)
-    assert answer.status_code == 200, answer.text
-    return answer.json()
-
-
-def ids(answer) -> list[str]:
-    return [item["product_id"] for item in answer["items"]]
 
 
 def effect(answer, number: int = 0) -> dict:

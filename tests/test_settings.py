@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_settings import CliPositionalArg
 
-from settings import Settings, UserError, run_script
+from settings import Settings, UserError
 
 
 class Options(Settings):
@@ -24,7 +24,7 @@ class Options(Settings):
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
+def run(monkeypatch, tmp_path, capsys, exit_code):
     """Runs the script with arguments in an empty folder; gives (exit code, options, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     for name in ("FLOUR", "FOLDER", "LOAVES", "SEED", "DATABASE_URL", "DATA_DIR"):
@@ -32,12 +32,7 @@ def run(monkeypatch, tmp_path, capsys):
 
     def _run(*arguments, main=None):
         seen: list[Options] = []
-        monkeypatch.setattr("sys.argv", ["/somewhere/bake.py", *arguments])
-        code: str | int | None = 0
-        try:
-            run_script(Options, main or seen.append)
-        except SystemExit as stop:
-            code = stop.code
+        code = exit_code(Options, main or seen.append, "/somewhere/bake.py", *arguments)
         out, err = capsys.readouterr()
         return code, seen[0] if seen else None, out, err
 

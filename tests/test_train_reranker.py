@@ -9,6 +9,7 @@ from typing import cast
 
 import numpy as np
 import pytest
+import torch
 
 import train_reranker
 from catalog import Event, RawProduct
@@ -19,7 +20,7 @@ from settings import Settings, UserError
 from shop_data import ShopData
 from store import Impression, ShownList, Store
 from text_encoder import TextEncoder
-from train_reranker import Lists, RerankerOptions, impressions_to_use, place_effect, shown_requests
+from train_reranker import Lists, RerankerOptions, impressions_to_use, ndcg_by_trust, place_effect, shown_requests
 from train_user import Retrieved, retrieve, with_kept
 
 SHOWN = 10  # items a list
@@ -192,7 +193,19 @@ def test_what_is_liked_wins_though_it_was_shown_low_and_clicked_less(shop, capsy
     assert without < before
 
 
-def test_few_lists_are_not_used_and_it_is_said(shop, capsys):
+def test_each_list_is_judged_by_how_far_the_model_is_trusted():
+    retrieval = torch.tensor([[3.0, 2.0, 0.0], [3.0, 2.0, 0.0]])
+    own = torch.tensor([[0.0, 2.0, 3.0], [0.0, 2.0, 3.0]])
+    found = ndcg_by_trust(own, retrieval, np.eye(3, dtype=bool)[[0, 2]], np.array([1, 1]))
+    assert list(found) == [0.0, 0.25, 0.5, 0.75, 1.0]
+    first, second, third = 1.0, 1 / np.log2(3), 0.5
+    assert found[0.0] == pytest.approx([first, third])
+    assert found[0.5] == pytest.approx([second, third])  # 1.5, 2, 1.5: of equal scores the first stays first
+    assert found[1.0] == pytest.approx([third, first])
+
+
+def test_few_lists_are_not_used_and_it_is_said(shop, capsys, monkeypatch):
+    monkeypatch.setattr(train_reranker, "TRUSTS", (0.0, 0.25))
     train_reranker.main(options(shop, epochs=1))
     said = capsys.readouterr().out
     assert "impressions: not used, " in said
@@ -201,6 +214,10 @@ def test_few_lists_are_not_used_and_it_is_said(shop, capsys):
     assert manifest["impressions"]["lists"] == 0
     assert "fewer than 1000" in manifest["impressions"]["why"]
     assert "position" not in manifest["config"]["item_dense"]
+    # Served with the trust that was best in the best epoch.
+    best = manifest["report"]["history"][manifest["report"]["best_epoch"]]
+    assert best["epoch"] == manifest["report"]["best_epoch"]
+    assert manifest["config"]["trust"] == best["trust"] <= 0.25
 
 
 def test_what_counts_as_taking_is_what_counts_in_the_release(store, settings):
