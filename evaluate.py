@@ -33,8 +33,9 @@ import datasets.sample_shop
 import portrait
 from baselines import BASELINES, PEER_SCRIPTS, Split, content_vectors, peer_lists
 from catalog import Rejected
+from loaded_release import LoadedRelease, UnavailableError
 from metrics import RETRIEVED, Catalogue, Figure, compare, coverage, figures, measure, write_ratios
-from recommender import LoadedRelease, Recommender, Request, UnavailableError
+from recommender import Recommender, Request
 from release import Release
 from results import RESULTS, Row, commit, save, short_of, write_page
 from settings import Settings, UserError, run_script

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 import wording
+from loaded_release import LoadedRelease
 from store import Store, UserState
 from tensors import (
     DAY,
@@ -39,7 +40,6 @@ from vocab import FIRST_WORD, normalise
 
 if TYPE_CHECKING:
     from list_kinds import Plan, Sought
-    from recommender import LoadedRelease
 
 MAX_REASONS = 4
 MAX_PRODUCTS = 20  # of the history that are left out in turn, the latest

@@ -25,13 +25,14 @@ from typing import TYPE_CHECKING, Generic, TypeVar, get_args
 import numpy as np
 
 from catalog import ListKind
+from loaded_release import LoadedRelease
 from rule_search import Limits, Search
 from settings import Settings
 from store import Found, History, Purchases, Store, UserState
 from tensors import DAY, KIND_WEIGHTS, OTHER_KIND_WEIGHT
 
 if TYPE_CHECKING:
-    from recommender import LoadedRelease, Request
+    from recommender import Request
 
 KINDS: tuple[ListKind, ...] = get_args(ListKind)
 

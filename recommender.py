@@ -5,7 +5,6 @@ A request is answered by one release from start to end, even if another goes liv
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,40 +20,32 @@ import list_kinds
 from catalog import SESSION, ListKind, Product, RawProduct, Rejected
 from explain import Reason, explain, general_reason
 from extract_features import extract_many, fingerprints, is_changed
+from loaded_release import LoadedRelease, LoadedReleases, UnavailableError
 from model_user import fill_norms
 from readers import LexiconReader
-from release import ItemEncoder, Release
 from rule_search import Limits, RuleSearch, Search, limits_of, ranked_of
 from rules import DEFAULT, Effect, HideMet, NamedRules, Placed, Ranked, RuleSet, apply, filtered, seed_of
-from settings import Settings, UserError
+from settings import Settings
 from store import Filters, Found, History, ItemRows, Store, UserState
 from tensors import (
     KIND_IDS,
     Candidates,
     Past,
-    PriceScale,
     UserBatch,
     log_age,
     rerank_batch,
 )
 from text_encoder import TextEncoder
-from vocab import UNKNOWN, normalise
+from vocab import UNKNOWN
 
 CANDIDATES = 100  # that retrieval hands to the reranker
 FALLBACK_ITEMS = 200  # popular items kept in memory for when the database is away
 CONTEXT_CACHE = 10_000  # context texts whose vectors are remembered
-MAX_RELEASES = 3  # loaded at once beside the live one
-# For so long after a release could not be used nobody tries again: reading it takes seconds.
-DAMAGED_SECONDS = 30.0
 AWAY_SECONDS = 1.0  # for so long after a failure nobody waits for a database that is known to be away
 INDEX_BATCH = 500  # products embedded and indexed at once when catching up
 # Lifts items that nobody met yet above all others in a search for them: more than scores ever differ, and not so much that
 # single precision loses their order.
 NEW_LIFT = 1000.0
-
-
-class UnavailableError(Exception):
-    """Nothing can be answered now: no live release, or the database is away and no fallback fits. Retry later."""
 
 
 @dataclass(frozen=True)
@@ -143,64 +134,12 @@ class Neighbour:
     score: float  # cosine
 
 
-class LoadedRelease:
-    """One release's models, ready to answer."""
-
-    def __init__(self, release: Release, text_encoder: TextEncoder) -> None:
-        self.name = release.name
-        self.encoder = ItemEncoder(release, text_encoder)
-        self.user_tower = release.user_tower()
-        self.link_weights = self.user_tower.link_weights.tolist()
-        self.scale = float(self.user_tower.log_scale.detach().exp())  # of a query's unit part
-        self.reranker = release.reranker()
-        self.scaler = release.profile_scaler()
-        self.prices = PriceScale(**release.manifest["reranker"]["prices"])
-        self.trained_re_words = len(self.encoder.re_vocab)
-        self.new_goods = float(release.manifest["reranker"]["options"]["new_goods"])
-        self.row_norm = float(release.manifest["index"]["norm"])
-        self.ef_search = int(release.manifest["index"]["ef_search"])  # what the index's recall was measured with
-        self.allowed_values = {
-            field_name: {normalise(value): value for value in values}
-            for field_name, values in release.schema().std.items()
-        }
-
-    @property
-    def item_width(self) -> int:
-        return self.user_tower.config.item_width
-
-    @property
-    def popularity_width(self) -> int:
-        return self.user_tower.config.popularity_width
-
-    @property
-    def std_columns(self) -> dict[str, slice]:
-        """Where each STD field stands in a row of STD ids."""
-        slots = self.encoder.layout.std_slots
-        ends = np.cumsum(list(slots.values())).tolist()
-        return {field_name: slice(end - slots[field_name], end) for field_name, end in zip(slots, ends, strict=True)}
-
-    @property
-    def untouched_column(self) -> int:
-        """Of an item's row: 1 where nobody met the item yet (the last popularity coordinate)."""
-        return self.item_width + self.popularity_width - 1
-
-    def learn_words(self, words: dict[tuple[str, str], int]) -> None:
-        """Add RE words that came after training, under the ids the database gave them (dense, in order)."""
-        try:
-            self.encoder.learn_words(words, self.reranker.grow)
-        except UserError as error:
-            raise UnavailableError(str(error)) from error
-
-
 class Recommender:
     """Answers requests with the live release. Safe to call from several threads."""
 
     def __init__(self, store: Store, settings: Settings, text_encoder: TextEncoder) -> None:
         self.store, self.settings, self.text_encoder = store, settings, text_encoder
-        self._lock = threading.RLock()  # warming up a release may learn its words
-        self._loaded: LoadedRelease | None = None
-        self._others: dict[str, LoadedRelease] = {}  # named by requests, the one used last at the end
-        self._damaged: dict[str, tuple[float, str]] = {}  # until when (time.monotonic()), and why
+        self.releases = LoadedReleases(store, settings.models_dir, text_encoder, self._warm_up)
         self._popular = Popular([], Ranked([], np.zeros(0), np.zeros((0, 0))))
         self._away_until = 0.0  # of time.monotonic()
         self.lists = list_kinds.ListKinds(store, settings)
@@ -208,76 +147,13 @@ class Recommender:
 
     # ---------------------------------------------------------------------------------------------------------- releases
     def live(self) -> LoadedRelease:
-        """The live release, reloaded when the pointer has moved. Raises UnavailableError when nothing is live."""
-        name = Release.current(self.settings.models_dir)
-        loaded = self._loaded
-        if loaded is not None and loaded.name == name:
-            return loaded
-        if name is None:
-            raise UnavailableError("no release is live yet; run build_index.py")
-        with self._lock:
-            if self._loaded is not None and time.monotonic() < self._damaged.get(name, (0.0, ""))[0]:
-                return self._loaded
-            if self._loaded is None or self._loaded.name != name:
-                try:
-                    fresh = self._others.pop(name, None) or LoadedRelease(
-                        Release.open(self.settings.models_dir, name), self.text_encoder
-                    )
-                except UserError as error:
-                    if self._loaded is None:
-                        raise UnavailableError(str(error)) from error
-                    self._note_damaged(name, str(error))
-                    return self._loaded  # a damaged new release never takes a healthy one down
-                self._loaded = fresh
-                self._warm_up(fresh)
-            return self._loaded
+        """The live release. Raises UnavailableError when nothing is live."""
+        return self.releases.live()
 
     def refresh(self) -> None:
         """The popular items in memory as they are now; the same as before when the database is away."""
         with suppress(UnavailableError):
             self._warm_up(self.live())
-
-    def release(self, name: str | None) -> tuple[LoadedRelease, list[str]]:
-        """The release of that name, else the live one and a warning why. Raises UnavailableError when nothing is live."""
-        live = self.live()
-        if name is None or name == live.name:
-            return live, []
-        with self._lock:
-            until, why = self._damaged.get(name, (0.0, ""))
-            if time.monotonic() >= until:
-                try:
-                    loaded = self._others.pop(name, None) or self._load(name)
-                except UserError as error:
-                    why = self._note_damaged(name, str(error))
-                else:
-                    self._others[name] = loaded
-                    while len(self._others) > MAX_RELEASES:
-                        del self._others[next(iter(self._others))]
-                    return loaded, []
-        return live, [f"release {name!r} cannot be used, the live one answers: {why}"]
-
-    def _load(self, name: str) -> LoadedRelease:
-        """A release that answers beside the live one. Raises UserError when it cannot."""
-        release = Release.open(self.settings.models_dir, name)
-        release.check_complete()
-        if not self.store.vectors.exists(name):
-            raise UserError(
-                f"release {name} has no vectors in the database; run build_index.py --release {name} --no-live"
-            )
-        return LoadedRelease(release, self.text_encoder)
-
-    def _note_damaged(self, name: str, why: str) -> str:
-        self._others.pop(name, None)
-        self._damaged[name] = (time.monotonic() + DAMAGED_SECONDS, why)
-        return why
-
-    def check_release(self, name: str) -> None:
-        """Raises UserError when the release of that name cannot answer requests, whatever was known before."""
-        with self._lock:
-            self._damaged.pop(name, None)
-            _, warnings = self.release(name)
-        if warnings:
-            raise UserError(warnings[0])
 
     def _warm_up(self, loaded: LoadedRelease) -> None:
         """Answer once for nobody: the first real request then finds everything in place, and the fallback is known."""
@@ -320,7 +196,7 @@ class Recommender:
         if time.monotonic() < self._away_until:
             return self._fallback(live, request)
         try:
-            loaded, warnings = self.release(request.release)
+            loaded, warnings = self.releases.named(request.release)
             answer = self._answer(loaded, request)
             return replace(answer, warnings=[*warnings, *answer.warnings])
         except psycopg.errors.QueryCanceled:
@@ -328,8 +204,7 @@ class Recommender:
         except psycopg.errors.UndefinedTable:
             if request.release is None or loaded.name == live.name:
                 return self._fallback(live, request)
-            with self._lock:
-                self._note_damaged(loaded.name, "its vectors are gone from the database")
+            self.releases.note_gone(loaded.name)
             return self.recommend(request)
         except psycopg.OperationalError:
             self._away_until = time.monotonic() + AWAY_SECONDS
@@ -544,7 +419,7 @@ class Recommender:
     def _know_words(self, loaded: LoadedRelease, re_ids: np.ndarray) -> None:
         """Catch up with RE words that another worker added, before an id of theirs reaches a model."""
         if re_ids.size and int(re_ids.max()) >= len(loaded.encoder.re_vocab):
-            with self._lock:
+            with self.releases.lock:
                 loaded.learn_words(self.store.releases.words(loaded.name))
 
     def allowed_values(self) -> dict[str, dict[str, str]]:
@@ -572,7 +447,7 @@ class Recommender:
             live = self.live()
         except UnavailableError:
             return self._put_products(products, reader, [])
-        beside = [self.release(name) for name in dict.fromkeys(releases)]
+        beside = [self.releases.named(name) for name in dict.fromkeys(releases)]
         others = [release for release, warnings in beside if not warnings]
         loaded = list({release.name: release for release in [live, *others]}.values())
         try:
@@ -581,10 +456,9 @@ class Recommender:
             there = [release for release in loaded if self.store.vectors.exists(release.name)]
             if live not in there or len(there) == len(loaded):
                 raise
-            with self._lock:
-                for release in loaded:
-                    if release not in there:
-                        self._note_damaged(release.name, "its vectors are gone from the database")
+            for release in loaded:
+                if release not in there:
+                    self.releases.note_gone(release.name)
             return self._put_products(products, reader, there)
 
     def _put_products(
@@ -649,7 +523,7 @@ class Recommender:
         vocab = encoder.re_vocab
         words = {word for product in products for word in vocab.words_of(product.re) if vocab.id(*word) == UNKNOWN}
         if words:
-            with self._lock:
+            with self.releases.lock:
                 known = self.store.releases.add_words(loaded.name, sorted(words), first_id=loaded.trained_re_words)
                 loaded.learn_words(known)
         features = encoder.features(products)

@@ -26,7 +26,8 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 from tqdm import tqdm
 
-from recommender import Answer, Recommender, Request, UnavailableError
+from loaded_release import UnavailableError
+from recommender import Answer, Recommender, Request
 from release import Release
 from rules import DEFAULT, NamedRules
 from settings import Settings, UserError, run_script

@@ -25,6 +25,7 @@ from api_controller.schemas import (
 )
 from api_controller.service import Service, ServiceDep
 from experiments import Arm, Experiment, Rate, differences, figures, fraction, sample_ratio
+from loaded_release import MAX_RELEASES
 from rules import DEFAULT
 from settings import UserError
 from store import Impression
@@ -115,10 +116,8 @@ async def start(name: ExperimentName, body: ExperimentBody, service: ServiceDep)
             409, "IMPRESSION_SHARE is 0: without a log of what is shown, an experiment cannot be judged"
         )
     releases = {arm.release for arm in body.arms if arm.release is not None}
-    if len(releases) > pipeline.MAX_RELEASES:
-        raise _refused(
-            ["body", "arms"], f"{len(releases)} releases; at most {pipeline.MAX_RELEASES} answer side by side"
-        )
+    if len(releases) > MAX_RELEASES:
+        raise _refused(["body", "arms"], f"{len(releases)} releases; at most {MAX_RELEASES} answer side by side")
 
     def work() -> Experiment | None:
         for number, arm in enumerate(body.arms):
@@ -126,7 +125,7 @@ async def start(name: ExperimentName, body: ExperimentBody, service: ServiceDep)
                 raise _refused(["body", "arms", number, "rules"], f"no rules of the name {arm.rules!r} are live")
             try:
                 if arm.release is not None:
-                    recommender.check_release(arm.release)
+                    recommender.releases.check(arm.release)
             except UserError as error:
                 raise _refused(["body", "arms", number, "release"], str(error)) from error
         return store.experiments.start(name, body.arms, body.note)

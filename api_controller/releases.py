@@ -12,7 +12,8 @@ import release as releases
 from api_controller.access import ADMIN
 from api_controller.schemas import ReleaseAnswer, ReleaseName
 from api_controller.service import Service, ServiceDep
-from recommender import Recommender, UnavailableError
+from loaded_release import UnavailableError
+from recommender import Recommender
 from release import PARTS, Release
 from settings import UserError
 

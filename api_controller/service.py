@@ -22,6 +22,7 @@ from api_controller.impression_log import ImpressionLog
 from api_controller.schemas import MAX_LIST
 from experiments import Experiment
 from lexicon import Lexicon
+from loaded_release import UnavailableError
 from readers import LexiconReader
 from rules import Effect
 from settings import ServiceSettings, UserError
@@ -99,7 +100,7 @@ class Service:
             self.open()
             assert self.store is not None
             self.store.products.existing([])
-        except (UserError, pipeline.UnavailableError) as error:
+        except (UserError, UnavailableError) as error:
             return " ".join(str(error).split())
         except psycopg.Error as error:
             return f"the database does not answer: {' '.join(str(error).split()) or type(error).__name__}"
@@ -153,7 +154,7 @@ class Service:
             return await asyncio.wait_for(future, seconds)
         except TimeoutError as error:
             raise unavailable(f"no answer within {seconds:.0f} s") from error
-        except pipeline.UnavailableError as error:
+        except UnavailableError as error:
             raise unavailable(str(error)) from error
         except (psycopg.OperationalError, psycopg.errors.QueryCanceled) as error:
             raise unavailable("the database does not answer") from error

@@ -587,7 +587,7 @@ def test_new_lists_do_not_wait_until_all_old_ones_are_gone(store, monkeypatch):
 
 
 def test_a_request_is_answered_by_the_release_it_names_and_few_stay_in_memory(shop, monkeypatch):
-    monkeypatch.setattr("recommender.MAX_RELEASES", 1)
+    monkeypatch.setattr("loaded_release.MAX_RELEASES", 1)
     live = Release.current(shop.models_dir)
     shutil.copytree(shop.models_dir / "second", shop.models_dir / "third")
     with Store.open(shop) as store:
@@ -602,7 +602,7 @@ def test_a_request_is_answered_by_the_release_it_names_and_few_stay_in_memory(sh
             answer = recommender.recommend(Request(k=20, release=name))
             assert (answer.release, answer.warnings) == (name, [])
             assert {item.product_id for item in answer.items} <= known[name]
-            assert list(recommender._others) == [name]
+            assert list(recommender.releases._others) == [name]
         for name in (None, live):
             assert recommender.recommend(Request(k=20, release=name)).release == live
         weights = shop.models_dir / "third" / "user_tower.pth"
@@ -613,5 +613,5 @@ def test_a_request_is_answered_by_the_release_it_names_and_few_stay_in_memory(sh
         assert "'third' cannot be used" in answer.warnings[0]
         assert "sha256 differs" in answer.warnings[0]
         weights.write_bytes(whole)
-        recommender.check_release("third")  # asked anew, whatever was found before
+        recommender.releases.check("third")  # asked anew, whatever was found before
         assert recommender.recommend(Request(k=20, release="third")).release == "third"

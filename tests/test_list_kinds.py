@@ -13,7 +13,8 @@ import list_kinds
 from catalog import Event, Product, RawProduct
 from datasets import sample_shop
 from list_kinds import ListKinds, RequestError, due_score, interval_days
-from recommender import Answer, Recommended, Recommender, Request, UnavailableError
+from loaded_release import UnavailableError
+from recommender import Answer, Recommended, Recommender, Request
 from rules import DEFAULT, NamedRules, RuleSet
 from store import Filters, Purchases, Store
 from tensors import DAY

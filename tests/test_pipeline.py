@@ -13,7 +13,8 @@ import extract_features
 import train_user
 from catalog import Event, Product, RawProduct
 from datasets import sample_shop
-from recommender import CANDIDATES, Answer, Recommender, Request, UnavailableError
+from loaded_release import UnavailableError
+from recommender import CANDIDATES, Answer, Recommender, Request
 from release import ItemEncoder, Release
 from settings import UserError
 from shop_data import Requests, ShopData
