@@ -13,7 +13,7 @@ Weights are no shares of the score: parts act together, and one may stand in for
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -28,7 +28,6 @@ from store import Store, UserState
 from tensors import (
     DAY,
     ITEM_DENSE,
-    KIND_WEIGHTS,
     OTHER_KIND_WEIGHT,
     Candidates,
     Past,
@@ -76,17 +75,18 @@ def general_reason(kind: str, weight: float = 0.0) -> Reason:
 
 def explain(
     store: Store, loaded: LoadedRelease, plan: Plan, sought: Sought, scores: np.ndarray, chosen: np.ndarray, past: Past,
-    batch: UserBatch, now: float,
+    batch: UserBatch, now: float, kind_weights: Mapping[str, float],
 ) -> list[list[Reason]]:  # fmt: skip
     """Reasons for each of the rows `chosen` of what was sought, those that weigh most first, at least one each.
 
-    scores: float [N] of all rows. past, batch: the shopper's, B = 1. Two round trips to the database for a shopper with a history.
+    scores: float [N] of all rows. past, batch: the shopper's, B = 1. kind_weights: what an event of a kind counts in this shop,
+    OTHER_KIND_WEIGHT if it is not named. Two round trips to the database for a shopper with a history.
     """
     if not len(chosen):
         return []
     if sought.scores is not None:
         return [[_of_list(plan, sought, row, float(scores[row]), now)] for row in chosen]
-    parts = _parts(store, loaded, plan, past, batch)
+    parts = _parts(store, loaded, plan, past, batch, kind_weights)
     with torch.inference_mode():
         left = _leave_out(store, loaded, plan, sought, chosen, past, batch, parts)
         of_items = _leave_out_of_items(loaded, sought, chosen, past, left)
@@ -130,7 +130,8 @@ class _Product:
 
     product_id: str
     title: str
-    deed: str
+    deed: str  # the kind of event that says most
+    interest: bool  # whether it says any
     columns: list[int]  # of the history
 
 
@@ -169,8 +170,10 @@ class _Left:
         return self.logits[0] - self.logits[1:]
 
 
-def _parts(store: Store, loaded: LoadedRelease, plan: Plan, past: Past, batch: UserBatch) -> list[_Part]:
-    parts: list[_Part] = [*_products(store, plan.state)]
+def _parts(
+    store: Store, loaded: LoadedRelease, plan: Plan, past: Past, batch: UserBatch, kind_weights: Mapping[str, float]
+) -> list[_Part]:
+    parts: list[_Part] = [*_products(store, plan.state, kind_weights)]
     if (batch.context != 0).any():
         parts.append(_Context())
     names, profile = loaded.scaler.fields, {**plan.state.profile, **plan.request.profile}
@@ -181,7 +184,7 @@ def _parts(store: Store, loaded: LoadedRelease, plan: Plan, past: Past, batch: U
     return parts
 
 
-def _products(store: Store, state: UserState) -> list[_Product]:
+def _products(store: Store, state: UserState, kind_weights: Mapping[str, float]) -> list[_Product]:
     """The latest distinct products of a history that are still sold, with the act on each that says most."""
     columns: dict[str, list[int]] = {}
     for column in reversed(range(len(state.product_ids))):
@@ -189,10 +192,12 @@ def _products(store: Store, state: UserState) -> list[_Product]:
     latest = list(columns.items())[:MAX_PRODUCTS]
     titles = store.products.titles([product_id for product_id, _ in latest]) if latest else {}
 
-    def deed(of: Sequence[int]) -> str:
-        return max((state.kinds[column] for column in of), key=lambda kind: KIND_WEIGHTS.get(kind, OTHER_KIND_WEIGHT))
+    def product(product_id: str, of: list[int]) -> _Product:
+        weights = [kind_weights.get(state.kinds[column], OTHER_KIND_WEIGHT) for column in of]
+        most = max(weights)
+        return _Product(product_id, titles[product_id], state.kinds[of[weights.index(most)]], most > 0, of)
 
-    return [_Product(product_id, titles[product_id], deed(of), of) for product_id, of in latest if product_id in titles]
+    return [product(product_id, of) for product_id, of in latest if product_id in titles]
 
 
 def _leave_out(
@@ -329,7 +334,7 @@ def _of_part(
         }
         kind = max(by_kind, key=lambda name: by_kind[name])
         if kind == "history":
-            text = wording.of_history(part.title, part.deed)
+            text = wording.of_history(part.title, part.deed, part.interest)
         else:
             text = wording.taken_together(part.title) if kind == "taken_together" else wording.of_variant(part.title)
     return Reason(kind, "", "", part.product_id, part.title, weight, text)

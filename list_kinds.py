@@ -152,6 +152,7 @@ class ListKinds:
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self.store, self.settings = store, settings
+        self.kind_weights = {**KIND_WEIGHTS, **settings.event_weights}  # others are OTHER_KIND_WEIGHT
         self._trending: _Aged[dict[str, float]] = _Aged(TRENDING_SECONDS)
         self._intervals: _Aged[dict[str | None, float]] = _Aged(REPEATS_SECONDS)
 
@@ -190,7 +191,7 @@ class ListKinds:
                 state = state.extended(rows, kind="view", at=now, limit=loaded.user_tower.config.history)
             return self._about(loaded, request, state, [request.product_id])
         try:
-            return self._about(loaded, request, state, _looks(state))
+            return self._about(loaded, request, state, _looks(state, self.kind_weights))
         except UnknownProductError:
             warning = "nothing was looked at yet; this is the list for the shopper"
             return Plan("for_you", request, state, [warning])
@@ -363,11 +364,10 @@ class ListKinds:
         """How much each product is wanted now, of those that the latest events are about. What was done in the last ten minutes
         is read each time, what was before that once a minute; a replayed moment is read whole."""
         half_life = self.settings.trending_half_life_days * DAY
-        weights = {**KIND_WEIGHTS, **self.settings.event_weights}
 
         def read(as_of: float, since: float | None, until: float) -> dict[str, float]:
             return self.store.events.trending(
-                as_of, half_life, weights, OTHER_KIND_WEIGHT, since, until, TRENDING_EVENTS
+                as_of, half_life, self.kind_weights, OTHER_KIND_WEIGHT, since, until, TRENDING_EVENTS
             )
 
         if replayed:
@@ -403,11 +403,15 @@ def due_score(bought: Purchases, interval: float, now: float) -> float:
     return math.log2(1 + bought.days) * share * math.exp(1.0 - share)
 
 
-def _looks(state: UserState) -> list[str]:
-    """The products looked at, the latest first; after them those met in any other way but passed over."""
+def _looks(state: UserState, kind_weights: Mapping[str, float]) -> list[str]:
+    """The products looked at, the latest first; after them those met in any other way that counts for interest."""
     met = list(zip(reversed(state.product_ids), reversed(state.kinds), strict=True))
     looked = [product_id for product_id, kind in met if kind in ("view", "click")]
-    return list(dict.fromkeys([*looked, *(product_id for product_id, kind in met if kind != "skip")]))
+    return list(
+        dict.fromkeys(
+            [*looked, *(product_id for product_id, kind in met if kind_weights.get(kind, OTHER_KIND_WEIGHT) > 0)]
+        )
+    )
 
 
 def _product(found: Found, query: np.ndarray) -> np.ndarray:

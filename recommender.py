@@ -265,7 +265,9 @@ class Recommender:
             chosen = np.array([one.row for one in placed], dtype=np.int64)
             reasons: list[list[Reason]] = [[] for _ in placed]
             if request.explain:
-                reasons = explain(self.store, loaded, plan, sought, scores, chosen, past, batch, now)
+                reasons = explain(
+                    self.store, loaded, plan, sought, scores, chosen, past, batch, now, self.lists.kind_weights
+                )
             found = sought.found
             items = [
                 Recommended(

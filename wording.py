@@ -32,6 +32,7 @@ _DEEDS = {
     "purchase": ("bought", "구매하셨어요"), "skip": ("passed over", "넘기셨어요"),
 }  # fmt: skip
 _OTHER_DEED = ("showed interest in", "눈여겨보셨어요")
+_NO_INTEREST = ("came across", "접하셨어요")
 
 MAX_CONTEXT = 60  # characters of a context that a reason repeats
 
@@ -83,8 +84,10 @@ def said(field: str, value: str) -> tuple[str, str, str, str]:
     return plain, value, names.get(field, plain), values.get((field, value), value)
 
 
-def of_history(title: str, deed: str) -> Text:
-    english, korean = _DEEDS.get(deed, _OTHER_DEED)
+def of_history(title: str, deed: str, interest: bool = True) -> Text:
+    """`deed`: a kind of event, a shop's own too. `interest`: whether the shop takes it for a sign of any; what the known kinds are
+    called is true either way."""
+    english, korean = _DEEDS.get(deed, _OTHER_DEED if interest else _NO_INTEREST)
     return {
         "en": f"Because you {english} “{title}”",
         "ko": f"‘{title}’{particle(title, '을/를')} {korean}",

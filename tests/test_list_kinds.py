@@ -162,6 +162,48 @@ def test_reasons_have_words_in_both_languages_and_the_heaviest_first(asked):
         assert told[:-1] == sorted(told[:-1], reverse=True)
 
 
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ({}, "you put into the cart"),
+        ({"cart": 0.5, "wishlist": 0.5}, "you looked at"),
+        ({"wishlist": 3.0}, "you showed interest in"),
+        ({"skip": 9.0}, "you passed over"),
+        ({"view": -2.0, "cart": -2.0, "skip": -2.0, "wishlist": -1.0}, "you came across"),
+    ],
+)
+def test_of_all_that_was_done_with_a_product_a_reason_names_what_the_shop_counts_most(asked, weights, words):
+    store, recommender = asked
+    product_id = store.events.read().product_ids[0]
+    store.events.put(
+        [
+            Event(
+                event_id=kind, user_id="doer", product_id=product_id, kind=kind, at=sample_shop.NOW - timedelta(days=1)
+            )
+            for kind in ("view", "cart", "wishlist", "skip")
+        ]
+    )
+    weighing = Recommender(
+        store, recommender.settings.model_copy(update={"event_weights": weights}), recommender.text_encoder
+    )
+    answer = weighing.recommend(Request("doer", filters=few(store), k=100, now=NOW))
+    named = [reason for item in answer.items for reason in item.reasons if reason.kind == "history"]
+    assert named
+    assert {reason.text["en"].split(" “")[0] for reason in named} == {f"Because {words}"}
+
+
+def test_what_the_shop_counts_for_nothing_is_no_look(asked):
+    store, recommender = asked
+    wanted, ignored = store.events.read().product_ids[:2]
+    for product_id, kind, hour in ((wanted, "cart", 1), (ignored, "dismiss", 2)):
+        at = sample_shop.NOW - timedelta(days=1) + timedelta(hours=hour)
+        store.events.put([Event(user_id="dismisser", product_id=product_id, kind=kind, at=at)])
+    request = Request("dismisser", kind="because", k=1, now=NOW)
+    assert recommender.recommend(request).anchor.product_id == ignored  # a shop's own kind counts as a look
+    settings = recommender.settings.model_copy(update={"event_weights": {"dismiss": 0.0}})
+    assert Recommender(store, settings, recommender.text_encoder).recommend(request).anchor.product_id == wanted
+
+
 def test_reasons_can_be_left_out(asked):
     answer = asked[1].recommend(Request(context="office", k=5, now=NOW, explain=False))
     assert [item.reasons for item in answer.items] == [[]] * 5
