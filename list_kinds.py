@@ -41,7 +41,8 @@ KINDS: tuple[ListKind, ...] = get_args(ListKind)
 CART_LIFT = 1000.0
 
 TRENDING_EVENTS = 200_000  # the latest, that trends are read from
-TRENDING_SECONDS = 60.0  # for so long they are not read again
+# For so long they are not read again. A service reads them every minute behind the requests (`refresh`), which then never wait.
+TRENDING_SECONDS = 180.0
 # But those of so short a time ago are, by every request.
 TRENDING_FRESH_SECONDS = 600.0
 CLOCK_SKEW = 3600.0  # seconds that a sender's clock may be ahead; later events have not happened yet
@@ -362,25 +363,31 @@ class ListKinds:
     # ------------------------------------------------------------------------------------------------------------- figures
     def trending(self, now: float, replayed: bool = False) -> dict[str, float]:
         """How much each product is wanted now, of those that the latest events are about. What was done in the last ten minutes
-        is read each time, what was before that once a minute; a replayed moment is read whole."""
-        half_life = self.settings.trending_half_life_days * DAY
-
-        def read(as_of: float, since: float | None, until: float) -> dict[str, float]:
-            return self.store.events.trending(
-                as_of, half_life, self.kind_weights, OTHER_KIND_WEIGHT, since, until, TRENDING_EVENTS
-            )
+        is read each time, what was before that every TRENDING_SECONDS at least; a replayed moment is read whole."""
 
         if replayed:
-            return read(now, None, now)
-        made, settled = self._trending.get(
-            lambda made: read(made - TRENDING_FRESH_SECONDS, None, made - TRENDING_FRESH_SECONDS)
-        )
-        fresh = read(now, made - TRENDING_FRESH_SECONDS, now + CLOCK_SKEW)
-        aged = 0.5 ** ((now - made + TRENDING_FRESH_SECONDS) / half_life)
+            return self._trending_between(now, None, now)
+        made, settled = self._trending.get(self._settled)
+        fresh = self._trending_between(now, made - TRENDING_FRESH_SECONDS, now + CLOCK_SKEW)
+        aged = 0.5 ** ((now - made + TRENDING_FRESH_SECONDS) / (self.settings.trending_half_life_days * DAY))
         wanted = {product_id: aged * score for product_id, score in settled.items()}
         for product_id, score in fresh.items():
             wanted[product_id] = wanted.get(product_id, 0.0) + score
         return wanted
+
+    def _settled(self, made: float) -> dict[str, float]:
+        return self._trending_between(made - TRENDING_FRESH_SECONDS, None, made - TRENDING_FRESH_SECONDS)
+
+    def _trending_between(self, as_of: float, since: float | None, until: float) -> dict[str, float]:
+        half_life = self.settings.trending_half_life_days * DAY
+        return self.store.events.trending(
+            as_of, half_life, self.kind_weights, OTHER_KIND_WEIGHT, since, until, TRENDING_EVENTS
+        )
+
+    def refresh(self) -> None:
+        """Read what lists of kind "trending" and "again" take long to read, so that no request has to."""
+        self._trending.renew(self._settled)
+        self.intervals()
 
     def intervals(self) -> dict[str | None, float]:
         """Median days until the same product is bought again, by category and (None) of all, learned once an hour."""
@@ -447,3 +454,10 @@ class _Aged(Generic[Value]):
             if self._kept is None or not 0.0 <= now - self._kept[0] < self.seconds:
                 self._kept = (now, make(now))
             return self._kept
+
+    def renew(self, make: Callable[[float], Value]) -> None:
+        """Make it again, however young it is. Nobody waits meanwhile while there is one that is young enough."""
+        now = time.time()
+        fresh = now, make(now)
+        with self._lock:
+            self._kept = fresh

@@ -151,12 +151,13 @@ class Recommender:
         return self.releases.live()
 
     def refresh(self) -> None:
-        """The popular items in memory as they are now; the same as before when the database is away."""
+        """The popular items and the trends in memory as they are now; the same as before when the database is away."""
         with suppress(UnavailableError):
             self._warm_up(self.live())
 
     def _warm_up(self, loaded: LoadedRelease) -> None:
-        """Answer once for nobody: the first real request then finds everything in place, and the fallback is known."""
+        """Answer once for nobody, and read the trends: the first real request then finds everything in place, and the fallback is
+        known."""
         try:
             answer = self._answer(loaded, Request(k=FALLBACK_ITEMS, explain=False))
             fetched = self.store.vectors.fetch(loaded.name, [item.product_id for item in answer.items])
@@ -167,6 +168,7 @@ class Recommender:
                 loaded.item_width, loaded.untouched_column,
             )  # fmt: skip
             self.store.rules.live(DEFAULT)
+            self.lists.refresh()
         except psycopg.Error:
             return
         reasons = [general_reason("popular")]

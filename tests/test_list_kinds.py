@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -367,6 +368,29 @@ def test_what_the_shop_says_a_kind_of_event_counts_decides_what_trends(store, se
 
     assert trending() == {"a": 2.0, "b": 1.0}
     assert trending(wishlist=5.0, view=0.5) == {"a": 1.0, "b": 5.0}
+
+
+def test_the_whole_log_is_read_before_the_first_request_and_by_a_refresh_and_by_no_list(new_shop, monkeypatch):
+    with new_shop() as shop, Store.open(shop) as store:
+        recommender = Recommender(store, shop, TextEncoder.load(shop))
+        recommender.live()  # what a server does before it is ready
+        old = store.events.read().product_ids[0]
+        kept = recommender.lists.trending(time.time()).get(old, 0.0)
+        read = store.events.trending
+
+        def only_the_latest(as_of, half_life, weights, other_weight, since, until, limit):
+            assert since is not None
+            return read(as_of, half_life, weights, other_weight, since, until, limit)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(store.events, "trending", only_the_latest)
+            assert recommender.recommend(Request(kind="trending", k=5)).items
+        hour_ago = datetime.now(UTC) - timedelta(hours=1)
+        store.events.put([Event(user_id=f"late-{n}", product_id=old, kind="purchase", at=hour_ago) for n in range(9)])
+        assert recommender.lists.trending(time.time()).get(old, 0.0) == pytest.approx(kept)
+        recommender.refresh()
+        assert recommender.lists.trending(time.time())[old] > kept + 30.0
+        assert recommender.recommend(Request(kind="trending", k=1)).items[0].product_id == old
 
 
 def test_what_is_wanted_now_trends_at_once_in_its_category_and_the_rest_follows(asked):
