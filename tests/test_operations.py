@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -99,6 +100,39 @@ def test_no_public_key_does_away_with_the_rules_of_the_shop(web, made):
 def test_what_is_no_key_opens_nothing(web, key):
     answer = web.get("/releases", headers={"X-API-Key": key.encode()})
     assert answer.status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "key", "status"),
+    [
+        ("POST", "/events", "", 401),
+        ("POST", "/events", "wrong", 401),
+        ("PUT", "/products", "", 401),
+        ("PUT", "/products", "public", 403),
+    ],
+)
+def test_a_large_body_is_not_waited_for_before_the_key_is_right(web, made, method, path, key, status):
+    """The body is announced and never sent."""
+    head = (
+        f"{method} {path} HTTP/1.1\r\nHost: shop\r\nContent-Length: 5000000\r\nX-API-Key: {made.get(key, key)}\r\n\r\n"
+    )
+    with socket.create_connection((web.base_url.host, web.base_url.port), timeout=60) as connection:
+        connection.sendall(head.encode())
+        assert connection.recv(100).startswith(f"HTTP/1.1 {status} ".encode())
+
+
+def test_a_body_of_unknown_length_that_is_too_large_is_a_413(web, made):
+    pieces = (b" " * 2**20 for _ in range(17))
+    answer = web.put("/products", content=pieces, headers={"X-API-Key": made["admin"]})
+    assert (answer.status_code, "16 MB" in answer.json()["detail"]) == (413, True)
+
+
+def test_a_thousand_products_with_long_texts_fit_into_one_call(web, made):
+    text = "A long linen dress. " * 500  # 10 KB
+    rows = [{"product_id": f"long-{n}", "title": f"dress {n}", "description": text, "price": -1} for n in range(1000)]
+    answer = web.put("/products", json=rows, headers={"X-API-Key": made["admin"]})
+    # Their price is wrong, so that none has to be embedded here: what matters is that all were read.
+    assert (answer.status_code, len(answer.json()["refused"])) == (200, 1000)
 
 
 def test_nothing_that_is_stored_is_a_key(shop, made):
