@@ -93,6 +93,41 @@ class Tally:
 
 
 @dataclass(frozen=True)
+class AnsweredBy:
+    """So many lists of an arm by one release and one version of one rule set, and when they were shown."""
+
+    arm: str
+    release: str
+    rules: str
+    rules_version: int | None  # None: no rules of that name were live
+    lists: int
+    first_at: datetime
+    last_at: datetime
+
+
+def mixed(arm: str, answered: Sequence[AnsweredBy]) -> list[str]:
+    """What changed of an arm while it ran, in words; other arms' lists are ignored. Requests may ask for rule sets of several
+    names: only a new version of one of them is a change."""
+    own = sorted((one for one in answered if one.arm == arm), key=lambda one: one.first_at)
+    seen = {"the release that answers": [(one.release, one.first_at) for one in own]}
+    for one in own:
+        version = "none" if one.rules_version is None else str(one.rules_version)
+        seen.setdefault(f"the rules {one.rules!r}", []).append((version, one.first_at))
+    said = []
+    for what, versions in seen.items():
+        first_of: dict[str, datetime] = {}
+        for version, at in versions:
+            first_of.setdefault(version, at)
+        if len(first_of) > 1:
+            parts = ", ".join(f"{version} from {at:%Y-%m-%d %H:%M}" for version, at in first_of.items())
+            said.append(
+                f"{what} changed while arm {arm!r} ran ({parts}): its figures mix them; for figures of one, start the experiment"
+                " under a new name and change nothing meanwhile"
+            )
+    return said
+
+
+@dataclass(frozen=True)
 class Rate:
     """A mean over shoppers, with the variance of the mean (nan from fewer than two shoppers)."""
 

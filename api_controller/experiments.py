@@ -13,6 +13,7 @@ from fastapi import APIRouter, HTTPException, Query
 import recommender as pipeline
 from api_controller.access import ADMIN
 from api_controller.schemas import (
+    AnsweredByBody,
     ArmReport,
     DifferenceBody,
     ExperimentBody,
@@ -24,7 +25,7 @@ from api_controller.schemas import (
     StartedExperiment,
 )
 from api_controller.service import Service, ServiceDep
-from experiments import Arm, Experiment, Rate, differences, figures, fraction, sample_ratio
+from experiments import Arm, Experiment, Rate, differences, figures, fraction, mixed, sample_ratio
 from loaded_release import MAX_RELEASES
 from rules import DEFAULT
 from settings import UserError
@@ -165,8 +166,13 @@ async def report(
     if not chosen:
         raise _unknown(name if version is None else f"{name} version {version}")
     experiment = chosen[0]
-    tallies = await service.run(
-        lambda: store.experiments.tallies(name, experiment.version), REPORT_SECONDS, service.reports
+    tallies, answered = await service.run(
+        lambda: (
+            store.experiments.tallies(name, experiment.version),
+            store.experiments.answered_by(name, experiment.version),
+        ),
+        REPORT_SECONDS,
+        service.reports,
     )
     found = [figures(arm.name, tallies) for arm in experiment.arms]
     ratio = sample_ratio(experiment.arms, found)
@@ -178,12 +184,14 @@ async def report(
         )
     if few := [arm.arm for arm in found if arm.shoppers < FEW_SHOPPERS]:
         warnings.append(f"fewer than {FEW_SHOPPERS} shoppers in {', '.join(few)}: the intervals are too narrow")
+    warnings += [said for arm in experiment.arms for said in mixed(arm.name, answered)]
     return ReportAnswer(
         **vars(experiment),
         report=[
             ArmReport(
                 arm=one.arm, shoppers=one.shoppers, lists=one.lists, per_shopper=_rates(one.per_shopper),
                 per_list=_rates(one.per_list),
+                answered_by=[AnsweredByBody(**vars(by)) for by in answered if by.arm == one.arm],
             )
             for one in found
         ],

@@ -390,15 +390,27 @@ class RateBody(BaseModel):
     high: float | None
 
 
+class AnsweredByBody(BaseModel):
+    """Lists of an arm by one release and one version of one rule set (null: no rules of that name were live)."""
+
+    release: str
+    rules: str
+    rules_version: int | None
+    lists: int
+    first_at: datetime
+    last_at: datetime
+
+
 class ArmReport(BaseModel):
     """By outcome (click, cart, purchase): of shoppers, the share that did so at least once; of lists, the share out of which
-    somebody did."""
+    somebody did. Two entries of `answered_by` with the same rules, or another release, mean that the arm changed meanwhile."""
 
     arm: str
     shoppers: int
     lists: int
     per_shopper: dict[str, RateBody | None]
     per_list: dict[str, RateBody | None]
+    answered_by: list[AnsweredByBody]
 
 
 class DifferenceBody(BaseModel):

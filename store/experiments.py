@@ -9,7 +9,7 @@ from typing import Any
 from psycopg import Connection
 from psycopg_pool import ConnectionPool
 
-from experiments import Arm, Experiment, Tally
+from experiments import AnsweredBy, Arm, Experiment, Tally
 from store.impressions import ATTRIBUTED, ATTRIBUTION_HOURS
 
 REPORT_SECONDS = 30  # that a report may take, whatever bounds other statements: it reads every list of an experiment
@@ -32,6 +32,12 @@ _TALLIES = """
     )
     SELECT arm, count(*), lists, click, cart, purchase FROM shoppers GROUP BY arm, lists, click, cart, purchase
     ORDER BY arm, lists, click, cart, purchase
+"""
+
+_ANSWERED_BY = """
+    SELECT arm, release, rules, rules_version, count(*), min(at), max(at) FROM impressions
+    WHERE experiment = %(name)s AND experiment_version = %(version)s
+    GROUP BY arm, release, rules, rules_version ORDER BY arm, min(at), release, rules, rules_version
 """
 
 
@@ -90,10 +96,17 @@ class Experiments:
     def tallies(self, name: str, version: int) -> list[Tally]:
         """What the shoppers of each arm did with the lists that they were shown."""
         query = ATTRIBUTED.format(chosen="experiment = %(name)s AND experiment_version = %(version)s") + _TALLIES
+        return [Tally(*row) for row in self._reported(query, name, version)]
+
+    def answered_by(self, name: str, version: int) -> list[AnsweredBy]:
+        """By what the lists of each arm were made, the first first."""
+        return [AnsweredBy(*row) for row in self._reported(_ANSWERED_BY, name, version)]
+
+    def _reported(self, query: str, name: str, version: int) -> list[Any]:
         parameters = {"name": name, "version": version, "window": ATTRIBUTION_HOURS}
         with self._pool.connection() as connection, connection.transaction():
             connection.execute("SELECT set_config('statement_timeout', %s, true)", (f"{REPORT_SECONDS}s",))
-            return [Tally(*row) for row in connection.execute(query, parameters)]
+            return connection.execute(query, parameters).fetchall()
 
 
 def _running(connection: Connection[Any]) -> Experiment | None:

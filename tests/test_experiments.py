@@ -20,6 +20,7 @@ from api_controller.impression_log import ImpressionLog
 from catalog import Event, RawProduct
 from experiments import (
     OUTCOMES,
+    AnsweredBy,
     Arm,
     ArmFigures,
     Arms,
@@ -29,6 +30,7 @@ from experiments import (
     differences,
     figures,
     fraction,
+    mixed,
     sample_ratio,
 )
 from recommender import Recommender, Request
@@ -196,6 +198,27 @@ def test_an_event_belongs_to_the_list_it_names_else_to_the_latest_that_showed_th
     )
     assert taken(log) == {0: {"x", "y"}, 10: {"x"}}
     assert log.experiments.tallies("e", 1) == [Tally("a", 1, 1, 0, 0, 0), Tally("a", 1, 2, 2, 1, 0)]
+
+
+def test_an_arm_says_what_made_its_lists_and_what_changed_meanwhile(log):
+    log.impressions.put(
+        [
+            shown("l1", "u", ["x"]), shown("l2", "v", ["x"], 5), shown("l3", "u", ["x"], 10, rules_version=1),
+            shown("l4", "u", ["x"], 20, arm="b"), shown("l5", "u", ["x"], 30, arm="b", release="s"),
+            shown("l6", "u", ["x"], 40, arm="c"), shown("l7", "u", ["x"], 50, arm="c", rules="sale", rules_version=3),
+            shown("l8", "u", ["x"], 60, experiment_version=2, release="t"),
+        ]
+    )  # fmt: skip
+    answered = log.experiments.answered_by("e", 1)
+    at = [T0 + timedelta(minutes=minutes) for minutes in (0, 5, 10)]
+    assert answered[:2] == [
+        AnsweredBy("a", "r", "default", None, 2, at[0], at[1]),
+        AnsweredBy("a", "r", "default", 1, 1, at[2], at[2]),
+    ]
+    (rules,), (release,) = mixed("a", answered), mixed("b", answered)
+    assert f"the rules 'default' changed while arm 'a' ran (none from {at[0]:%Y-%m-%d %H:%M}, 1 from" in rules
+    assert "the release that answers changed while arm 'b' ran (r from" in release
+    assert mixed("c", answered) == []
 
 
 def test_what_another_list_showed_later_does_not_count_for_the_arm(log):
@@ -437,6 +460,21 @@ def test_arms_differ_by_rules_alone_and_the_log_names_them(shop, client):
     assert logged()[last] == ("pinned", "pinned", 1)
     assert logged()[asked["list_id"]] == (None, "default", None)
     assert tried["list_id"] not in logged()
+
+    def told() -> tuple[dict[str, list], list[str]]:
+        answer = client.get("/experiments/rules/report").json()
+        by = {
+            arm["arm"]: [(one["rules"], one["rules_version"]) for one in arm["answered_by"]] for arm in answer["report"]
+        }
+        return by, [warning for warning in answer["warnings"] if "changed" in warning]
+
+    # Requests asked for two sets of rules in one arm, and neither changed.
+    assert told() == ({"plain": [("default", None), ("pinned", 1)], "pinned": [("pinned", 1)]}, [])
+    assert client.put("/rules", json={"name": "pinned", "rules": [pin | {"place": 2}]}).json()["version"] == 2
+    eventually(lambda: recommend(client, user_id=pinned)["rules"]["version"] == 2)
+    eventually(lambda: told()[0]["pinned"] == [("pinned", 1), ("pinned", 2)])
+    (warning,) = told()[1]
+    assert warning.startswith("the rules 'pinned' changed while arm 'pinned' ran (1 from 20")
     assert client.post("/experiments/rules/stop").status_code == 200
     eventually(lambda: recommend(client, user_id=plain)["experiment"] is None)
 
