@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from datetime import datetime
 from types import TracebackType
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -27,6 +28,7 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, TypeAdapter
 
+import shopper_token
 from api_controller.schemas import (
     DeletedAnswer,
     EventsAnswer,
@@ -75,12 +77,26 @@ class StyleTowerError(Exception):
         self.status, self.words = status, words
 
 
-class StyleTower:
-    """The service at `url`, asked with `key` (none as long as the service has no keys). Safe to share between threads."""
+def sign_shopper(secret: str, user_id: str, expires: datetime) -> str:
+    """What the shop's backend gives a page of a shopper who has logged in, to send as X-Shopper-Token:
+    `sign_shopper(SHOPPER_SECRET, "shopper-1", datetime.now(UTC) + timedelta(hours=1))`.
 
-    def __init__(self, url: str, key: str = "", timeout: float = 10.0, tries: int = TRIES) -> None:
+    Raises ValueError for a time without a zone: read as another zone's, the token would live hours too long or too short.
+    """
+    if expires.tzinfo is None:
+        raise ValueError("expires has no time zone; give it one, as in datetime.now(UTC) + timedelta(hours=1)")
+    return shopper_token.sign(secret, user_id, int(expires.timestamp()))
+
+
+class StyleTower:
+    """The service at `url`, asked with `key` (none as long as the service has no keys) and, with a public key, `token` of the one
+    shopper for whom it asks. Safe to share between threads."""
+
+    def __init__(self, url: str, key: str = "", timeout: float = 10.0, tries: int = TRIES, token: str = "") -> None:
         self.tries = tries
-        self._http = httpx.Client(base_url=url, timeout=timeout, headers={"X-API-Key": key} if key else {})
+        given = {"X-API-Key": key, "X-Shopper-Token": token}
+        headers = {name: value for name, value in given.items() if value}
+        self._http = httpx.Client(base_url=url, timeout=timeout, headers=headers)
 
     def __enter__(self) -> StyleTower:
         return self

@@ -13,8 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsConfigDict, SettingsError
+
+LEAST_SECRET = 32  # characters: who holds one token can try secrets at leisure
 
 
 class UserError(Exception):
@@ -63,6 +65,13 @@ class Settings(BaseSettings):
     )
 
 
+def _hard_to_guess(secret: SecretStr) -> SecretStr:
+    if 0 < len(secret) < LEAST_SECRET:
+        make = "python -c 'import secrets; print(secrets.token_hex())'"
+        raise ValueError(f"has {len(secret)} characters; give it {LEAST_SECRET} at least, as {make} prints")
+    return secret
+
+
 class ServiceSettings(Settings):
     """What the service alone reads."""
 
@@ -76,6 +85,10 @@ class ServiceSettings(Settings):
         0.0, ge=0, le=1e6, description="requests a second of one key, or of one address without keys; 0 is no limit"
     )
     rate_burst: int = Field(20, ge=1, description="requests at once before RATE_LIMIT holds")
+    shopper_secret: Annotated[SecretStr, AfterValidator(_hard_to_guess)] = Field(
+        SecretStr(""),
+        description="with it, a public key may name only the shopper whom a token of the shop's backend is for; docs/api.md",
+    )
     cors_origins: str = Field(
         "",
         pattern=r"^(\*|(https?://[^\s/,*]+)(\s*,\s*https?://[^\s/,*]+)*)?$",

@@ -14,14 +14,15 @@ import logging
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 import psycopg
-from fastapi import Depends, HTTPException, Request, Security
+from fastapi import Depends, Header, HTTPException, Request, Security
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+import shopper_token
 from keys import digest_of, id_of
 from store import ApiKey, Store
 
@@ -31,6 +32,10 @@ KEY_SECONDS = 0.5  # between two looks at the keys: so late, at most, a worker l
 MAX_BUCKETS = 10_000  # keys and addresses whose rate is remembered; whoever asked least recently is forgotten first
 NO_KEY = "this needs an API key: send it as X-API-Key: KEY, or as Authorization: Bearer KEY"
 UNKNOWN_KEY = "this API key is not known, or was revoked"
+NO_TOKEN = (
+    "with a public API key, a request that names a user_id needs the header X-Shopper-Token, which the shop's own backend makes"
+    " for that shopper (client.sign_shopper; docs/api.md#shopper-tokens); for who has not logged in give a session_id instead"
+)
 NOT_ADMIN = "a public API key may not do this; it needs an admin key"
 
 
@@ -58,7 +63,8 @@ class Buckets:
 class Access:
     """What one worker knows of the keys, and of who can reach it."""
 
-    def __init__(self, registry: CollectorRegistry, rate: float, burst: int) -> None:
+    def __init__(self, registry: CollectorRegistry, rate: float, burst: int, shopper_secret: str = "") -> None:
+        self._shopper_secret = shopper_secret
         self.buckets = Buckets(rate, burst) if rate > 0 else None
         self.refused = Counter("styletower_refused", "Requests not let in", ["reason"], registry=registry)
         self.unlocked = Gauge(
@@ -104,6 +110,18 @@ class Access:
             raise HTTPException(
                 429, f"too many requests; ask again in {seconds} s", headers={"Retry-After": str(seconds)}
             )
+
+    def admit_shoppers(self, given: str | None, token: str | None, user_ids: Iterable[str]) -> None:
+        """Raises 403 when a public key names a shopper whom the token is not for. Nothing is asked of admin keys, without
+        SHOPPER_SECRET, and as long as everything is open."""
+        key = self._known(given)
+        if not self._shopper_secret or not self._locked or (key is not None and key.kind == "admin"):
+            return
+        for user_id in set(user_ids):
+            reason = shopper_token.why_not(self._shopper_secret, token, user_id, time.time()) if token else ""
+            if reason or not token:
+                self.refused.labels("shopper token").inc()
+                raise HTTPException(403, f"the token in X-Shopper-Token is not taken: {reason}" if token else NO_TOKEN)
 
     def _known(self, given: str | None) -> ApiKey | None:
         if not given or self._keys is None:
@@ -170,6 +188,9 @@ async def given_key(
 
 
 GivenKey = Annotated[str | None, Depends(given_key)]
+ShopperToken = Annotated[
+    str | None, Header(alias="X-Shopper-Token", description="of the shop's backend, where SHOPPER_SECRET asks for one")
+]
 
 
 async def _open() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, HTTPException, Query, Request
 
 import recommender as pipeline
-from api_controller.access import PUBLIC, GivenKey
+from api_controller.access import PUBLIC, GivenKey, ShopperToken
 from api_controller.experiments import Assignment, assign, log_list
 from api_controller.rules import check
 from api_controller.schemas import (
@@ -36,11 +36,15 @@ TRIED = "tried"  # the name of rules that came with the request
 
 
 @router.post("/recommend", dependencies=[PUBLIC])
-async def recommend(body: RecommendBody, service: ServiceDep, asked: Request, key: GivenKey) -> RecommendAnswer:
+async def recommend(
+    body: RecommendBody, service: ServiceDep, asked: Request, key: GivenKey, token: ShopperToken = None
+) -> RecommendAnswer:
     """A ranked list for a shopper, a context, a body, or nobody at all; or of another `kind`: like a product, for a cart, what is
     trending, what to buy again. Rules to try need an admin key."""
     if body.rules is not None:  # they take the place of the shop's own, and may ask for a hundred times the work
         service.access.admit(asked, key, "admin")
+    if body.user_id is not None:
+        service.access.admit_shoppers(key, token, [body.user_id])
     store, recommender = service.parts()
     shopper = body.user_id or (None if body.session_id is None else session_key(body.session_id))
 

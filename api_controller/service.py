@@ -79,7 +79,9 @@ class Service:
         )  # fmt: skip
         self.live = Gauge("styletower_live_release", "1 for the live release", ["release"], registry=self.registry)
         self.promotions = Counter("styletower_promotions", "Releases made live over HTTP", registry=self.registry)
-        self.access = Access(self.registry, settings.rate_limit, settings.rate_burst)
+        self.access = Access(
+            self.registry, settings.rate_limit, settings.rate_burst, settings.shopper_secret.get_secret_value()
+        )
 
     def open(self) -> None:
         """Everything a request needs. Raises UserError or UnavailableError while something is missing; call again."""

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, HTTPException, Request
 from pydantic import TypeAdapter
 
-from api_controller.access import ADMIN, PUBLIC
+from api_controller.access import ADMIN, PUBLIC, GivenKey, ShopperToken
 from api_controller.impression_log import FLUSH_SECONDS
 from api_controller.rows import read_rows, rows_body
 from api_controller.schemas import (
@@ -23,7 +23,7 @@ from api_controller.schemas import (
     UserId,
 )
 from api_controller.service import ServiceDep
-from catalog import Event, User, oldest_event, session_key
+from catalog import SESSION, Event, User, oldest_event, session_key
 from store import SessionTakenError
 
 router = APIRouter(tags=["shoppers"])
@@ -36,7 +36,7 @@ EVENT_EXAMPLE: list[Any] = [
 
 
 @router.post("/events", dependencies=[PUBLIC], openapi_extra=rows_body(Event, MAX_EVENTS, EVENT_EXAMPLE))
-async def events(request: Request, service: ServiceDep) -> EventsAnswer:
+async def events(request: Request, service: ServiceDep, key: GivenKey, token: ShopperToken = None) -> EventsAnswer:
     """One event or up to 10,000, in any order of time. The next /recommend sees them; they are on disk when this returns. The same
     event twice counts once. Of many the bad ones are refused, the others stored."""
     store, _ = service.parts()
@@ -44,6 +44,8 @@ async def events(request: Request, service: ServiceDep) -> EventsAnswer:
 
     def work() -> EventsAnswer:
         given = read_rows(body, EVENTS, MAX_EVENTS)
+        named = (event.user_id for event in given.rows if not event.user_id.startswith(SESSION))
+        service.access.admit_shoppers(key, token, named)
         oldest = oldest_event(service.settings.event_retention_days)
         kept = [number for number, event in enumerate(given.rows) if event.at >= oldest]
         late = [given.places[number] for number, event in enumerate(given.rows) if event.at < oldest]

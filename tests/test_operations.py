@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import polars as pl
 import pytest
@@ -16,7 +16,7 @@ import keys
 import release as releases
 from api_controller.schemas import ExperimentBody, RecommendBody, RulesBody, RulesLiveBody, ViewBody
 from catalog import Event, RawProduct
-from client import StyleTower, StyleTowerError
+from client import StyleTower, StyleTowerError, sign_shopper
 from experiments import Arm
 from release import PARTS, Release, delete
 from rules import RuleSet
@@ -142,6 +142,54 @@ def test_nothing_that_is_stored_is_a_key(shop, made):
         ("admin", "the admin one", True), ("public", "the public one", True), ("admin", "lost", False),
     ]  # fmt: skip
     assert not any(made["admin"].encode() in repr(key).encode() for key in stored)
+
+
+def test_with_a_secret_a_public_key_names_only_the_shopper_whom_a_token_is_for(shop, made):
+    secret = "0123456789abcdef" * 2
+    with Store.open(shop) as store:
+        product_id = store.events.read().product_ids[0]
+        known = store.users.read_ids()[:2]
+    soon, past = (datetime.now(UTC) + timedelta(hours=hours) for hours in (1, -1))
+    token = sign_shopper(secret, known[0], soon)
+
+    def event(**who: str) -> dict[str, str]:
+        return {**who, "product_id": product_id, "at": datetime.now(UTC).isoformat()}
+
+    with serving({**environment_of(shop), "SHOPPER_SECRET": secret}) as (_, client):
+        eventually(lambda: client.get("/ready").is_success)
+
+        def ask(path: str, body: object, token: str = "", key: str = "public") -> tuple[int, str]:
+            given = {"X-API-Key": made[key], **({"X-Shopper-Token": token} if token else {})}
+            answer = client.post(path, json=body, headers=given)
+            return answer.status_code, answer.text
+
+        of_known = [("/recommend", {"user_id": known[0], "k": 1}), ("/events", event(user_id=known[0]))]
+        for path, body in of_known:
+            status, words = ask(path, body)
+            assert (status, "X-Shopper-Token" in words, "sign_shopper" in words) == (403, True, True)
+            assert ask(path, body, token)[0] == 200
+            for wrong, said in (
+                (sign_shopper(secret, known[1], soon), "not made for this user_id"),
+                (sign_shopper(secret[::-1], known[0], soon), "not made for this user_id"),
+                (sign_shopper(secret, known[0], past), "has expired"),
+            ):
+                status, words = ask(path, body, wrong)
+                assert (status, said in words) == (403, True)
+            assert ask(path, body, key="admin")[0] == 200
+        of_both = [event(user_id=known[0]), event(user_id=known[1])]
+        assert ask("/events", of_both, token)[0] == 403
+        assert ask("/events", [event(user_id=known[0]), event(session_id="s1")], token)[0] == 200
+        assert ask("/events", event(session_id="s1"))[0] == ask("/recommend", {"session_id": "s1", "k": 1})[0] == 200
+        assert ask("/recommend", {"context": "office", "k": 1})[0] == 200
+        with StyleTower(str(client.base_url), made["public"], token=token) as page:
+            assert page.recommend(RecommendBody(user_id=known[0], k=1)).items
+        refused = client.get("/metrics", headers={"X-API-Key": made["admin"]}).text
+        assert 'styletower_refused_total{reason="shopper token"} 9.0' in refused
+    with Store.open(shop) as store, store.pool.connection() as connection:
+        rows = connection.execute(
+            "SELECT count(*) FROM events WHERE user_id = %s AND at > now() - interval '1 day'", (known[1],)
+        )
+        assert rows.fetchone() == (0,)  # of the call of both nothing was stored
 
 
 def empty(settings: Settings, tmp_path) -> Settings:
