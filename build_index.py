@@ -6,7 +6,8 @@
 An item's row is `[unit vector ; popularity coordinates ; collaborative coordinates]`, with its links to other items beside it. The
 release goes live only when every check passes; the one that was live serves until then, and its vectors stay for a way back. A
 release that is indexed again, even the live one, answers by its old rows until the new ones are there.
-Exit code 3: it is indexed, but worse than the live one, which stays.
+Exit code 3: it is indexed, but foresees the newest events, which neither learned from, worse than the live one, which stays
+(compare_releases.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from pydantic import Field
 from tqdm import tqdm
 
+from compare_releases import compare
 from item_links import ItemLinks
 from model_user import fill_norms
 from recommender import Recommender
@@ -41,13 +43,18 @@ class IndexOptions(Settings):
         0.99, ge=0, le=1, description="searches are widened until the index finds so much of exact search"
     )
     min_recall: float = Field(0.95, ge=0, le=1, description="an index that finds less, however wide, does not go live")
-    margin: float = Field(0.1, ge=0, le=1, description="how much worse than the live release validation may be")
+    margin: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="share by which it may be worse than the live release on the same newest events",
+    )
     hnsw_m: int = Field(16, ge=4, le=100, description="links of an HNSW node")
     ef_construction: int = Field(64, ge=8, le=1000, description="candidates while an HNSW node is linked")
 
 
 class WorseError(UserError):
-    """The release that is live validated better; it stays."""
+    """The release that is live is better; it stays."""
 
     exit_code = 3
 
@@ -111,19 +118,25 @@ def search_width(
     return ef_search, recall
 
 
-def check_not_worse(release: Release, options: IndexOptions) -> None:
-    """Raises WorseError when the live release validated better than this one by more than the margin."""
-    live = Release.current(options.models_dir)
-    if live is None or live == release.name or live not in Release.names(options.models_dir):
+def check_not_worse(
+    store: Store, shop: ShopData, release: Release, options: IndexOptions, text_encoder: TextEncoder
+) -> None:
+    """Raises WorseError when the live release foresees the same events better than this one by more than the margin. A live one
+    that cannot be compared keeps nobody out, and that is said."""
+    name = Release.current(options.models_dir)
+    if name is None or name == release.name or name not in Release.names(options.models_dir):
         return
-    before = Release.open(options.models_dir, live).manifest
-    for part in ("user_tower", "reranker"):
-        old, new = before[part]["report"], release.manifest[part]["report"]
-        if old["metric"] == new["metric"] and new["best"] < old["best"] * (1.0 - options.margin):
-            raise WorseError(
-                f"release {release.name} is worse than the live {live}: {part} {new['metric']} {new['best']:.4f} against "
-                f"{old['best']:.4f}; it stays as it is, indexed but not live (--margin {options.margin} decides)"
-            )
+    try:
+        comparison = compare(store, shop, release, Release.open(options.models_dir, name), text_encoder)
+    except UserError as error:
+        print(f"release {release.name} is not compared with the live {name}, and may take its place: {error}")
+        return
+    if comparison.new < comparison.live * (1.0 - options.margin):
+        raise WorseError(
+            f"release {release.name} is worse than the live {name}: {comparison}; it stays as it is, indexed but not live "
+            f"(--margin {options.margin} decides)"
+        )
+    print(f"release {release.name} is compared with the live {name}: {comparison}")
 
 
 def catch_up(store: Store, options: IndexOptions, text_encoder: TextEncoder, before: dict[str, str]) -> None:
@@ -189,7 +202,7 @@ def main(options: IndexOptions) -> None:
         found = f"recall@{CHECKED_AT} of the index {recall:.4f} at ef_search {ef_search}"
         print(f"release {release.name}: {len(ids)} items indexed, {found}")
         if options.live:
-            check_not_worse(release, options)
+            check_not_worse(store, shop, release, options, encoder.text_encoder)
             release.make_live()
             print(f"release {release.name} is live")
             # Only now: a product put from here on goes into this release by itself.

@@ -10,7 +10,7 @@ what happened, and so does the exit code:
 
     0    the new release is live
     2    something is missing, or a stage failed; the old release stays
-    3    the new release validated worse by more than the margin (build_index.py --margin); the old one stays
+    3    the new release is worse on the same newest events by more than the margin (build_index.py --margin); the old one stays
     4    another retrain.py is at work
     130  interrupted
 
