@@ -145,11 +145,7 @@ def catch_up(store: Store, options: IndexOptions, text_encoder: TextEncoder, bef
     before: who read which product's features, from a moment before the catalogue was read.
     """
     now = store.products.origins()
-    changed = [
-        product
-        for product in store.products.read_features()
-        if now.get(product.product_id) != before.get(product.product_id)
-    ]
+    changed = [product_id for product_id, origin in now.items() if origin != before.get(product_id)]
     if changed:
         recommender = Recommender(store, options, text_encoder)
         recommender.index(recommender.live(), changed)

@@ -42,7 +42,8 @@ CANDIDATES = 100  # that retrieval hands to the reranker
 FALLBACK_ITEMS = 200  # popular items kept in memory for when the database is away
 CONTEXT_CACHE = 10_000  # context texts whose vectors are remembered
 AWAY_SECONDS = 1.0  # for so long after a failure nobody waits for a database that is known to be away
-INDEX_BATCH = 500  # products embedded and indexed at once when catching up
+# Products embedded and indexed at once when catching up: whoever puts one of them waits so long.
+INDEX_BATCH = 100
 # Lifts items that nobody met yet above all others in a search for them: more than scores ever differ, and not so much that
 # single precision loses their order.
 NEW_LIFT = 1000.0
@@ -455,7 +456,7 @@ class Recommender:
         others = [release for release, warnings in beside if not warnings]
         loaded = list({release.name: release for release in [live, *others]}.values())
         try:
-            return self._put_products(products, reader, loaded)
+            put = self._put_products(products, reader, loaded)
         except psycopg.errors.UndefinedTable:  # an experiment was stopped and its release deleted, a moment ago
             there = [release for release in loaded if self.store.vectors.exists(release.name)]
             if live not in there or len(there) == len(loaded):
@@ -463,7 +464,12 @@ class Recommender:
             for release in loaded:
                 if release not in there:
                     self.releases.note_gone(release.name)
-            return self._put_products(products, reader, there)
+            put = self._put_products(products, reader, there)
+        if (
+            self.live() not in loaded
+        ):  # it went live meanwhile, and whoever made it so may have caught up before the commit
+            self.catch_up()
+        return put
 
     def _put_products(
         self, products: Sequence[RawProduct], reader: LexiconReader, loaded: Sequence[LoadedRelease]
@@ -513,13 +519,21 @@ class Recommender:
         back to an older one. How many they were."""
         loaded = self.live()
         missing = self.store.vectors.missing(loaded.name)
-        for start in range(0, len(missing), INDEX_BATCH):
-            self.index(loaded, self.store.products.read_features(missing[start : start + INDEX_BATCH]))
+        self.index(loaded, missing)
         return len(missing)
 
-    def index(self, loaded: LoadedRelease, products: Sequence[Product]) -> None:
-        """Embed products and put their rows into a release: searches find them at once."""
-        self.store.vectors.upsert(loaded.name, self._rows(loaded, products))
+    def index(self, loaded: LoadedRelease, ids: Sequence[str]) -> None:
+        """Embed products as they stand now, and put their rows into a release: searches find them at once. Ids of products that are
+        not there, or were not read yet, do nothing.
+
+        They are read under the lock that `put_products` holds: read before it, a product that somebody puts or deletes meanwhile
+        would get the vector of what it was.
+        """
+        for start in range(0, len(ids), INDEX_BATCH):
+            with self.store.products.changing(ids[start : start + INDEX_BATCH], []) as change:
+                products = [standing.product for standing in change.before.values() if standing.product is not None]
+                if products:
+                    change.put_vectors(loaded.name, self._rows(loaded, products))
 
     def _rows(self, loaded: LoadedRelease, products: Sequence[Product]) -> ItemRows:
         """What a release holds of products."""

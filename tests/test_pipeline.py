@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -18,8 +20,9 @@ from recommender import CANDIDATES, Answer, Recommender, Request
 from release import ItemEncoder, Release
 from settings import UserError
 from shop_data import Requests, ShopData
-from store import Filters, Found, Store, UserState
+from store import Filters, Found, Store, UserState, vectors
 from tests.conftest import TINY_SHOP
+from tests.serving import eventually
 from tests.tiny import tiny_text_encoder
 from text_encoder import TextEncoder
 
@@ -221,6 +224,77 @@ def test_a_new_product_with_a_new_word_is_found_at_once(asked, shop):
     assert np.isfinite([item.score for item in answer.items]).all()
 
 
+def attributes_of(store: Store, recommender: Recommender, product_id: str, field: str) -> list[str]:
+    """The words of a field that the live release's row of a product holds."""
+    loaded = recommender.live()
+    row = store.vectors.fetch(loaded.name, [product_id]).re_ids[0]
+    words = [loaded.encoder.re_vocab.word(word_id) for word_id in row if word_id]
+    return [value for name, value in words if name == field]
+
+
+def test_catching_up_beside_a_put_leaves_the_vector_of_what_was_put_last(new_shop, monkeypatch):
+    """The put comes when the products to index have been read and their rows are made: it waits, or has the last word."""
+    with new_shop() as shop, Store.open(shop) as store:
+        reader = extract_features.make_reader(extract_features.ReaderSettings(_env_file=None), store.cache)
+        recommender = Recommender(store, shop, TextEncoder.load(shop))
+        other = Recommender(store, shop, TextEncoder.load(shop))  # as of another worker
+        old, new = (
+            RawProduct(product_id="p", title="t", attributes={"style": [word]}) for word in ("oldcore", "newcore")
+        )
+        waiting = RawProduct(product_id="q", title="t")
+        other.put_products([old, waiting], reader)
+        with store.pool.connection() as connection:
+            vectors.delete(connection, ["p", "q"])  # they came while another release was live
+        made, threads = recommender._rows, []
+
+        def rows(loaded, products):
+            answer = made(loaded, products)
+            for work in (lambda: other.put_products([new], reader), lambda: other.delete_products(["q"])):
+                threads.append(threading.Thread(target=work))
+                threads[-1].start()
+            eventually(lambda: all(not thread.is_alive() for thread in threads) or blocked(store) == 2)
+            return answer
+
+        monkeypatch.setattr(recommender, "_rows", rows)
+        assert recommender.catch_up() == 2
+        for thread in threads:
+            thread.join()
+        assert attributes_of(store, other, "p", "style") == ["newcore"]
+        assert store.vectors.fetch(other.live().name, ["q"]).product_ids == []
+
+
+def blocked(store: Store) -> int:
+    """How many connections wait for a lock."""
+    with store.pool.connection() as connection:
+        row = connection.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        ).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def test_a_put_that_ends_after_another_release_went_live_is_in_that_one_too(new_shop, monkeypatch):
+    with new_shop() as shop, Store.open(shop) as store:
+        first = Release.open(shop.models_dir)
+        shutil.copytree(first.folder, shop.models_dir / "second")
+        every = store.vectors.fetch(first.name, [product.product_id for product in store.products.read_features()])
+        store.vectors.create("second", every.vectors.shape[1])
+        store.vectors.copy("second", every)
+        recommender = Recommender(store, shop, TextEncoder.load(shop))
+        reader = extract_features.make_reader(extract_features.ReaderSettings(_env_file=None), store.cache)
+        made = recommender._rows
+
+        def rows(loaded, products):
+            if loaded.name == first.name:  # another worker promotes, and catches up with what is there: nothing yet
+                Release.open(shop.models_dir, "second").make_live()
+                assert store.vectors.missing("second") == []
+            return made(loaded, products)
+
+        monkeypatch.setattr(recommender, "_rows", rows)
+        recommender.put_products([RawProduct(product_id="p", title="t")], reader)
+        assert store.vectors.fetch("second", ["p"]).product_ids == ["p"]
+
+
 def test_a_product_put_later_is_read_by_the_aliases_its_release_was_trained_with(new_shop):
     with new_shop() as shop, Store.open(shop) as store:
         file = Release.open(shop.models_dir).folder / "re_vocab.json"
@@ -233,7 +307,8 @@ def test_a_product_put_later_is_read_by_the_aliases_its_release_was_trained_with
         vocab, trained = loaded.encoder.re_vocab, len(loaded.encoder.re_vocab)
         new = Product(product_id="p", title="t", re={"style": ["PlainZigcore", "farzigcore"]})
         store.products.put([RawProduct(product_id="p", title="t")])
-        recommender.index(loaded, [new])
+        store.products.put_features([new], origin="test")
+        recommender.index(loaded, ["p"])
         assert store.releases.words(loaded.name) == {("style", "novelcore"): trained}
         assert len(vocab) == trained + 1
         row = store.vectors.fetch(loaded.name, ["p"]).re_ids[0]
@@ -319,7 +394,7 @@ def put_bare(store: Store, recommender: Recommender, product_id: str, group_id: 
     store.products.put([RawProduct(product_id=product_id, title=product_id, price=1.0, group_id=group_id)])
     bare = Product(product_id=product_id, title=product_id)
     store.products.put_features([bare], origin="test")
-    recommender.index(recommender.live(), [bare])
+    recommender.index(recommender.live(), [product_id])
 
 
 def reasons(answer: Answer) -> dict[str, list[str]]:
