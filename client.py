@@ -157,6 +157,10 @@ class StyleTower:
         """Remove every trace of a shopper: `shop.forget_user("shopper-1").removed`."""
         return self._call("DELETE", f"/users/{_part(user_id)}", ForgottenAnswer)
 
+    def forget_session(self, session_id: str) -> ForgottenAnswer:
+        """Remove every trace of a session that nobody logged in from: `shop.forget_session("browser-8f2c").removed`."""
+        return self._call("DELETE", f"/sessions/{_part(session_id)}", ForgottenAnswer)
+
     # ------------------------------------------------------------------------------------------------------------- rules
     def rules(self, name: str | None = None) -> RulesListAnswer:
         """What rules there are, of one name or of all, and which were live when."""

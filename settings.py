@@ -81,6 +81,12 @@ class ServiceSettings(Settings):
     impression_retention_days: int = Field(
         90, ge=0, le=36_500, description="days after which a logged list is deleted; 0 keeps all"
     )
+    session_retention_days: int = Field(
+        400,  # no browser keeps a cookie longer without renewing it
+        ge=0,
+        le=36_500,
+        description="days after its last login for which a session is known to be a user's; 0 is for ever",
+    )
     rate_limit: float = Field(
         0.0, ge=0, le=1e6, description="requests a second of one key, or of one address without keys; 0 is no limit"
     )

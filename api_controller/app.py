@@ -44,7 +44,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     if service.problem:
         log.warning("not ready: %s", service.problem)
     service.access.refresh(service.store)
-    tasks = [asyncio.create_task(task) for task in (service.keep_current(), service.watch_keys())]
+    tasks = [asyncio.create_task(task) for task in (service.keep_current(), service.watch_keys(), service.tidy())]
     yield
     for task in tasks:
         task.cancel()

@@ -1,6 +1,7 @@
 """What was shown, on its way to the database: written behind the answers, so that no shopper waits for it.
 
-A list waits in memory for FLUSH_SECONDS at most, or longer while the database is away; a process that is killed loses what waits.
+A list waits in memory for FLUSH_SECONDS at most, or up to `store.LONGEST_WAIT` while the database is away; a process that is killed
+loses what waits. Whoever is forgotten meanwhile stays so: their lists are not written.
 One that is asked to stop writes it first. Events are never treated so: they are stored before they are acknowledged.
 """
 
@@ -14,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 import psycopg
 from prometheus_client import CollectorRegistry, Counter
 
-from store import Impression, Store
+from store import LONGEST_WAIT, Impression, Store
 
 FLUSH_SECONDS = 0.5
 MAX_WAITING = 20_000  # lists; about 20 MB. Beyond, they are dropped and counted
@@ -37,7 +38,7 @@ class ImpressionLog:
         self.lists = Counter(
             "styletower_impressions", "Lists shown, by what became of them", ["outcome"], registry=registry
         )
-        for outcome in ("written", "dropped"):
+        for outcome in ("written", "dropped", "skipped"):
             self.lists.labels(outcome)  # a counter at 0 says more than none
         self._thread = threading.Thread(target=self._run, name="impressions", daemon=True)
         self._thread.start()
@@ -74,17 +75,20 @@ class ImpressionLog:
                 batch = self._waiting[:BATCH]
             if not batch:
                 return
+            # Beyond that wait, a shopper's tombstone may be gone.
+            fresh = [one for one in batch if one.at > datetime.now(UTC) - LONGEST_WAIT]
             try:
-                self._store.impressions.put(batch)
+                written = self._store.impressions.put(fresh)
             except psycopg.OperationalError:
                 return  # later
             except Exception:
                 # Whatever is wrong with them must not keep all that come after from being written.
-                log.exception("%d impressions could not be written", len(batch))
-                outcome = "dropped"
+                log.exception("%d impressions could not be written", len(fresh))
+                self.lists.labels("dropped").inc(len(batch))
             else:
-                outcome = "written"
-            self.lists.labels(outcome).inc(len(batch))
+                self.lists.labels("written").inc(written)
+                self.lists.labels("skipped").inc(len(fresh) - written)
+                self.lists.labels("dropped").inc(len(batch) - len(fresh))
             with self._changed:
                 del self._waiting[: len(batch)]
 

@@ -21,6 +21,7 @@ ReleaseName = Annotated[
     str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$", description="a release's name, as GET /releases shows it")
 ]
 UserId = Annotated[catalog.UserId, Path(description="the shop's own shopper id")]
+SessionId = Annotated[Identifier, Path(description="the id of a session, as events have it in session_id")]
 ExperimentName = Annotated[Identifier, Path(description="what the experiment is called")]
 
 

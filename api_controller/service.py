@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -36,6 +37,7 @@ MAX_WAITING = 64  # requests in the pool's queue; beyond, 503 at once
 REQUEST_SECONDS = 5.0
 RETRY_SECONDS = 2.0  # between attempts to open what was missing at the start
 EXPERIMENT_SECONDS = 0.5  # for so long a worker may not know of an experiment's start or stop
+TIDY_SECONDS = 3600.0  # between looks for what has grown too old to be kept
 FALLBACK_SECONDS = 60.0  # the popular items that answer while the database is away are no older
 
 Result = TypeVar("Result")
@@ -134,6 +136,21 @@ class Service:
             except Exception:  # were this to end, a revoked key would be in force for ever
                 log.exception("the API keys could not be read; those known last go on")
             await asyncio.sleep(KEY_SECONDS)
+
+    async def tidy(self) -> None:
+        """Let go of what nobody needs any more: sessions that are over, tombstones that nothing waits for."""
+        while True:
+            try:
+                if self.store is not None:
+                    await asyncio.to_thread(self._tidy, self.store)
+            except Exception:  # were this to end, they would grow for ever
+                log.exception("old sessions and tombstones could not be removed; tried again in an hour")
+            await asyncio.sleep(RETRY_SECONDS if self.store is None else TIDY_SECONDS)
+
+    def _tidy(self, store: Store) -> None:
+        store.tombstones.delete_old()
+        if self.settings.session_retention_days:
+            store.sessions.delete_before(timedelta(days=self.settings.session_retention_days))
 
     def close(self) -> None:
         self.reports.shutdown(wait=False, cancel_futures=True)

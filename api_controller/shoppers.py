@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request
 from pydantic import TypeAdapter
 
 from api_controller.access import ADMIN, PUBLIC, GivenKey, ShopperToken
-from api_controller.impression_log import FLUSH_SECONDS
 from api_controller.rows import read_rows, rows_body
 from api_controller.schemas import (
     EventsAnswer,
@@ -19,16 +16,18 @@ from api_controller.schemas import (
     MergedAnswer,
     ProfileBody,
     RefusedBody,
+    SessionId,
     UserAnswer,
     UserId,
 )
-from api_controller.service import ServiceDep
+from api_controller.service import Service, ServiceDep
 from catalog import SESSION, Event, User, oldest_event, session_key
 from store import SessionTakenError
 
 router = APIRouter(tags=["shoppers"])
 
 MAX_EVENTS = 10_000  # of one call
+FORGET_SECONDS = 60.0  # all of the quarantine is looked through
 EVENTS: TypeAdapter[Event] = TypeAdapter(Event)
 EVENT_EXAMPLE: list[Any] = [
     {"user_id": "shopper-1", "product_id": "product-17", "kind": "view", "at": "2026-06-30T10:00:00Z"}
@@ -110,12 +109,25 @@ async def merge(user_id: UserId, body: MergeBody, service: ServiceDep) -> Merged
 @router.delete("/users/{user_id}", dependencies=[ADMIN])
 async def forget(user_id: UserId, service: ServiceDep) -> ForgottenAnswer:
     """Remove every trace of a shopper: profile, events, sessions, whatever has rows of theirs. Twice is the same as once."""
+    return await forgotten(service, user_id, "user")
+
+
+@router.delete("/sessions/{session_id}", dependencies=[ADMIN])
+async def forget_session(session_id: SessionId, service: ServiceDep) -> ForgottenAnswer:
+    """Remove every trace of a session that is nobody's. One that was merged into a user is a 409: it
+    goes with DELETE /users/{id}."""
+    try:
+        return await forgotten(service, session_key(session_id), "session")
+    except SessionTakenError as error:
+        raise HTTPException(
+            409,
+            f"session {session_id!r} was merged into the user {error.owner!r}, and what it did is theirs: nothing was removed; "
+            f"DELETE /users/{error.owner} removes both",
+        ) from error
+
+
+async def forgotten(service: Service, key: str, what: str) -> ForgottenAnswer:
     store, _ = service.parts()
-    now = datetime.now(UTC)
-    names = await service.run(lambda: store.users.names(user_id))
-    removed = await service.run(lambda: store.users.forget(user_id))
-    # What was shown to them a moment ago is still on its way from some worker's memory.
-    await asyncio.sleep(2 * FLUSH_SECONDS)
-    removed["impressions"] += await service.run(lambda: store.impressions.remove(names, now))
-    service.rows.labels("user", "forgotten").inc()
+    removed = await service.run(lambda: store.users.forget(key), FORGET_SECONDS)
+    service.rows.labels(what, "forgotten").inc()
     return ForgottenAnswer(removed=removed)

@@ -12,11 +12,13 @@ from store.quarantine import QuarantinedRow
 from store.releases import RecordedRelease
 from store.rules import RulesTurn, RulesVersion
 from store.sessions import SessionTakenError
+from store.tombstones import LONGEST_WAIT
 from store.users import UserState, UserSummary
 from store.vectors import EXACT_LIMIT, Filters, Found, Hide, History, ItemRows
 
 __all__ = [
     "EXACT_LIMIT",
+    "LONGEST_WAIT",
     "Alias",
     "ApiKey",
     "Applied",

@@ -33,6 +33,7 @@ from store.releases import Releases
 from store.rules import Rules
 from store.schema import read_schema, write_schema
 from store.sessions import Sessions
+from store.tombstones import Tombstones
 from store.users import Users
 from store.vectors import Vectors
 
@@ -76,6 +77,7 @@ class Store:
         self.impressions = Impressions(self.pool)
         self.experiments = Experiments(self.pool)
         self.keys = Keys(self.pool)
+        self.tombstones = Tombstones(self.pool)
 
     @classmethod
     def open(cls, settings: Settings, statement_seconds: float | None = None) -> Store:

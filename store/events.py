@@ -13,7 +13,7 @@ from psycopg import Connection
 from psycopg_pool import ConnectionPool
 
 from catalog import SESSION, Event
-from store.sessions import lock_sessions
+from store.sessions import lock_shoppers
 
 READ_ROWS = 100_000  # held at once as Python objects
 DELETE_ROWS = 20_000  # of one transaction of `delete_before`
@@ -132,7 +132,7 @@ class Events:
         columns = list(zip(*rows, strict=True)) or [()] * 7
         sessions = {event.user_id for event in events if event.user_id.startswith(SESSION)}
         with self._pool.connection() as connection, connection.transaction():
-            lock_sessions(connection, sessions, shared=True)
+            lock_shoppers(connection, sessions, shared=True)
             row = connection.execute(_PUT, [list(column) for column in columns]).fetchone()
         assert row is not None
         stored, known, unknown_products = row

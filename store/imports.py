@@ -21,7 +21,7 @@ from psycopg_pool import ConnectionPool
 from catalog import SESSION, Event, FeatureSchema, Product, RawProduct, Rejected, User
 from store import products, quarantine, users
 from store.schema import read_schema, united, write_schema
-from store.sessions import lock_sessions
+from store.sessions import lock_shoppers
 
 CHUNK = 50_000  # rows held in memory at once
 IMPORT_LOCK = 0x5354_0002  # key of the advisory lock that lets one import in at a time
@@ -238,7 +238,7 @@ class ImportSession:
         if connection.execute(
             "SELECT FROM import_events WHERE starts_with(user_id, %s) LIMIT 1", (SESSION,)
         ).fetchone():
-            lock_sessions(connection, None, shared=True)
+            lock_shoppers(connection, None, shared=True)
         events_count = self._merge_events()
         self._reject_unknown("import_features")
         self._reject_unknown("import_events")

@@ -10,21 +10,24 @@ from typing import Any
 from psycopg import Connection
 from psycopg_pool import ConnectionPool
 
-from catalog import SESSION
-from store.sessions import lock_sessions
+from store.sessions import lock_shoppers
+from store.tombstones import FORGOTTEN
 
 ATTRIBUTION_HOURS = 24  # an event that names no list belongs to the latest that showed its product so shortly before
 FORGET_ROWS = 10_000  # deleted at once
 FORGET_LOCK = 0x5354_0005  # key of the advisory lock that lets one process delete at a time
 
-_PUT = """
+# A list that was shown to somebody who was forgotten since is not written.
+_PUT = f"""
     INSERT INTO impressions (
         list_id, user_id, kind, context, release, rules, rules_version, experiment, experiment_version, arm, at, product_ids,
         scores, retrieval_ranks
-    ) VALUES (
-        %s, coalesce((SELECT user_id FROM merged_sessions WHERE session_id = %s), %s), %s, %s, %s, %s, %s, %s, %s, %s, %s,
-        %s::text[], %s::real[], %s::integer[]
-    ) ON CONFLICT (list_id) DO NOTHING
+    )
+    SELECT %(list_id)s, coalesce((SELECT user_id FROM merged_sessions WHERE session_id = %(user_id)s), %(user_id)s), %(kind)s,
+        %(context)s, %(release)s, %(rules)s, %(rules_version)s, %(experiment)s, %(experiment_version)s, %(arm)s, %(at)s,
+        %(product_ids)s::text[], %(scores)s::real[], %(retrieval_ranks)s::integer[]
+    WHERE NOT {FORGOTTEN.format(key="%(user_id)s", at="%(at)s")}
+    ON CONFLICT (list_id) DO NOTHING
 """
 
 _SEE = """
@@ -110,21 +113,22 @@ class Impressions:
     def __init__(self, pool: ConnectionPool[Connection[Any]]) -> None:
         self._pool = pool
 
-    def put(self, impressions: Sequence[Impression]) -> None:
-        """Write lists, all or none. One that is there stays as it is. What was shown to a session that was merged is the user's, as
-        what it does is: else nobody would know out of which list it was taken."""
+    def put(self, impressions: Sequence[Impression]) -> int:
+        """Write lists, all or none: how many. One that is there stays as it is, and one of somebody who was forgotten since it was
+        shown is not written. What was shown to a session that was merged is the user's, as what it does is: else nobody would know
+        out of which list it was taken."""
         rows = [
-            (
-                one.list_id, one.user_id, one.user_id, one.kind, one.context, one.release, one.rules, one.rules_version,
-                one.experiment, one.experiment_version, one.arm, one.at, list(one.product_ids), list(one.scores),
-                list(one.retrieval_ranks),
-            )
+            {
+                **vars(one), "product_ids": list(one.product_ids), "scores": list(one.scores),
+                "retrieval_ranks": list(one.retrieval_ranks),
+            }
             for one in impressions
         ]  # fmt: skip
-        sessions = {one.user_id for one in impressions if one.user_id is not None and one.user_id.startswith(SESSION)}
-        with self._pool.connection() as connection, connection.transaction():
-            lock_sessions(connection, sessions, shared=True)
-            connection.cursor().executemany(_PUT, rows)
+        shoppers = {one.user_id for one in impressions if one.user_id is not None}
+        with self._pool.connection() as connection, connection.transaction(), connection.cursor() as cursor:
+            lock_shoppers(connection, shoppers, shared=True)
+            cursor.executemany(_PUT, rows)
+            return cursor.rowcount
 
     def see(self, positions: Sequence[tuple[str, Sequence[int]]]) -> None:
         """Note which places (from 1) of lists were seen. Said again, nothing changes; more of a list is added."""
@@ -146,13 +150,6 @@ class Impressions:
         }  # fmt: skip
         with self._pool.connection() as connection:
             return [ShownList(*row) for row in connection.execute(query, parameters)]
-
-    def remove(self, shoppers: Sequence[str], until: datetime) -> int:
-        """Delete the lists that were shown to any of `shoppers` up to that moment; how many."""
-        with self._pool.connection() as connection:
-            return connection.execute(
-                "DELETE FROM impressions WHERE user_id = ANY(%s::text[]) AND at <= %s", (list(shoppers), until)
-            ).rowcount
 
     def forget(self, before: datetime) -> Iterator[int]:
         """Delete lists shown before that moment, and what was seen of them, FORGET_ROWS at a time: how many lists each time.

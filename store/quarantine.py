@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -17,6 +17,7 @@ from catalog import Rejected
 
 CHUNK = 10_000  # rows of one statement
 API = "api"  # the source of what came over HTTP
+SCAN_ROWS = 20_000  # looked through by one statement of `rows_of`
 MOST_OF_A_CALL = 100
 MOST_REFUSED = 10_000
 SWEEP_LOCK = 0x5354_0009  # key of the advisory lock that lets one process at a time remove rows above a bound
@@ -29,6 +30,14 @@ _INSERT = """
     FROM unnest(%(files)s::text[], %(lines)s::bigint[], %(reasons)s::text[], %(raws)s::text[])
         AS rejected(file, line, reason, raw)
     ON CONFLICT (digest) DO NOTHING
+"""
+
+# The rows after `after` that hold one of `forms` anywhere, of the next `rows`, and where those end.
+_HOLDING = """
+    WITH part AS MATERIALIZED (SELECT digest, raw FROM quarantine WHERE digest > %(after)s ORDER BY digest LIMIT %(rows)s),
+    holding AS (SELECT * FROM part WHERE EXISTS (SELECT FROM unnest(%(forms)s::text[]) AS form WHERE strpos(raw, form) > 0))
+    SELECT (SELECT max(digest) FROM part), ARRAY(SELECT digest FROM holding ORDER BY digest),
+        ARRAY(SELECT raw FROM holding ORDER BY digest)
 """
 
 
@@ -111,18 +120,23 @@ def insert(connection: Connection[Any], source: str, rejected: Iterable[Rejected
         )
 
 
-def forget(connection: Connection[Any], ids: Collection[str]) -> int:
-    """Remove the rows that tell of a shopper known by any of `ids`: how many. In a row of JSON a field that names a shopper says
-    so, in any other the id as a word of its own: better a row too many than a trace."""
-    spellings = {
-        form for name in ids for form in (name, *(json.dumps(name, ensure_ascii=a)[1:-1] for a in (True, False)))
-    }
-    found = connection.execute(
-        "SELECT digest, raw FROM quarantine WHERE EXISTS (SELECT FROM unnest(%s::text[]) AS id WHERE strpos(raw, id) > 0)",
-        (sorted(spellings),),
-    ).fetchall()
-    digests = [digest for digest, raw in found if _tells_of(raw, ids, spellings)]
-    return connection.execute("DELETE FROM quarantine WHERE digest = ANY(%s)", (digests,)).rowcount
+def rows_of(connection: Connection[Any], ids: Collection[str]) -> Iterator[str]:
+    """The digests of the rows that tell of a shopper known by any of `ids`. In a row of JSON a field that names a shopper says so,
+    in any other the id as a word of its own: better a row too many than a trace. Reads all rows, SCAN_ROWS at a time."""
+    forms = {form for name in ids for form in (name, *(json.dumps(name, ensure_ascii=a)[1:-1] for a in (True, False)))}
+    after: str | None = ""
+    while after is not None:
+        row = connection.execute(_HOLDING, {"after": after, "rows": SCAN_ROWS, "forms": sorted(forms)}).fetchone()
+        assert row is not None
+        after, digests, raws = row
+        for digest, raw in zip(digests, raws, strict=True):
+            if _tells_of(raw, ids, forms):
+                yield digest
+
+
+def remove(connection: Connection[Any], digests: Collection[str]) -> int:
+    """Remove rows, in the connection's transaction: how many were there."""
+    return connection.execute("DELETE FROM quarantine WHERE digest = ANY(%s)", (sorted(digests),)).rowcount
 
 
 def _tells_of(raw: str, ids: Collection[str], spellings: Collection[str]) -> bool:

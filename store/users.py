@@ -12,8 +12,8 @@ from psycopg import Connection, sql
 from psycopg_pool import ConnectionPool
 
 from catalog import SESSION, User
-from store import quarantine
-from store.sessions import lock_sessions
+from store import quarantine, tombstones
+from store.sessions import SessionTakenError, lock_shoppers, owner_of
 from store.vectors import BINARY, ItemRows, stack_ids, stack_vectors, table_of
 
 # `{rows}` gives user_id, profile. Ordered, so that two writers cannot deadlock.
@@ -134,26 +134,31 @@ class Users:
         profile, events, last_seen = row
         return None if profile is None and not events else UserSummary(profile or {}, events, last_seen)
 
-    def names(self, user_id: str) -> list[str]:
-        """Under what a user stands in tables: their id, and the names of the sessions that were merged into them."""
-        with self._pool.connection() as connection:
-            return _names(connection, user_id)
+    def forget(self, key: str) -> dict[str, int]:
+        """Remove every row of a user, and of the sessions that were merged into them, or of a session that nobody owns (`key` is
+        its name in events), in every table with a column `user_id`, and what the quarantine holds of them. All or none; rows
+        removed by table. What was shown to them and is not written yet never will be (`store.tombstones`).
 
-    def forget(self, user_id: str) -> dict[str, int]:
-        """Remove every row of a user and of the sessions that were merged into them, in every table with a column `user_id`, and
-        what the quarantine holds of them. All or none; rows removed by table.
-
-        The event of a session that comes later is of nobody again.
+        The event of a session that comes later is of nobody again. Raises SessionTakenError for a session that is a user's: what it
+        did cannot be told from what else that user did.
         """
-        with self._pool.connection() as connection, connection.transaction():
-            lock_sessions(connection, None)
-            keys = _names(connection, user_id)
-            removed = {}
-            for (table,) in connection.execute(_TABLES_OF_USERS).fetchall():
-                statement = sql.SQL("DELETE FROM {} WHERE user_id = ANY(%s::text[])").format(sql.Identifier(table))
-                removed[table] = connection.execute(statement, (keys,)).rowcount
-            removed["quarantine"] = quarantine.forget(connection, {*keys, *(key.removeprefix(SESSION) for key in keys)})
-        return removed
+        looked_for: set[str] = set()
+        quarantined: set[str] = set()
+        with self._pool.connection() as connection:
+            names = _names(connection, key)
+            while True:
+                # Looking through the quarantine takes long where much was imported: nobody is held meanwhile.
+                new = names - looked_for
+                quarantined.update(quarantine.rows_of(connection, new | {name.removeprefix(SESSION) for name in new}))
+                looked_for |= new
+                with connection.transaction():
+                    lock_shoppers(connection, None)
+                    owner = owner_of(connection, key)
+                    if owner != key:
+                        raise SessionTakenError(owner)
+                    names = _names(connection, key)
+                    if names <= looked_for:  # else a session was merged meanwhile
+                        return _remove(connection, looked_for, quarantined)
 
     def read_profiles(self) -> dict[str, dict[str, float]]:
         """The profile of every user that has one, by user id, in the order of ids."""
@@ -181,9 +186,20 @@ class Users:
         )
 
 
-def _names(connection: Connection[Any], user_id: str) -> list[str]:
-    rows = connection.execute("SELECT session_id FROM merged_sessions WHERE user_id = %s", (user_id,)).fetchall()
-    return [user_id, *(session for (session,) in rows)]
+def _names(connection: Connection[Any], key: str) -> set[str]:
+    """Under what a shopper stands in tables: their id, and the names of the sessions that were merged into them."""
+    rows = connection.execute("SELECT session_id FROM merged_sessions WHERE user_id = %s", (key,)).fetchall()
+    return {key, *(session for (session,) in rows)}
+
+
+def _remove(connection: Connection[Any], names: set[str], quarantined: set[str]) -> dict[str, int]:
+    removed = {}
+    for (table,) in connection.execute(_TABLES_OF_USERS).fetchall():
+        statement = sql.SQL("DELETE FROM {} WHERE user_id = ANY(%s::text[])").format(sql.Identifier(table))
+        removed[table] = connection.execute(statement, (sorted(names),)).rowcount
+    removed["quarantine"] = quarantine.remove(connection, quarantined)
+    tombstones.add(connection, names)
+    return removed
 
 
 def _joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -36,7 +36,7 @@ from experiments import (
 from recommender import Recommender, Request
 from release import Release
 from settings import Settings
-from store import Impression, Store
+from store import LONGEST_WAIT, Impression, Store
 from tests.serving import DEADLINE, environment_of, eventually, serving
 from text_encoder import TextEncoder
 
@@ -554,7 +554,11 @@ def test_what_is_not_to_be_logged_is_not(new_shop, share):
 
 
 def outcomes(log: ImpressionLog) -> dict[str, float]:
-    return {outcome: log.lists.labels(outcome)._value.get() for outcome in ("written", "dropped")}
+    return {outcome: log.lists.labels(outcome)._value.get() for outcome in ("written", "dropped", "skipped")}
+
+
+def just_shown(list_id: str, context: str = "") -> Impression:
+    return replace(shown(list_id, "u", ["x"], context=context), at=datetime.now(UTC))
 
 
 def test_while_the_database_is_away_lists_wait_and_what_is_too_much_is_dropped_and_counted(settings, monkeypatch):
@@ -563,15 +567,29 @@ def test_while_the_database_is_away_lists_wait_and_what_is_too_much_is_dropped_a
         log = ImpressionLog(store, 0, CollectorRegistry())
         put, store.impressions.put = store.impressions.put, away
         for number in range(5):
-            log.add(shown(f"l{number}", "u", ["x"]))
-        assert outcomes(log) == {"written": 0, "dropped": 2}
+            log.add(just_shown(f"l{number}"))
+        assert outcomes(log) == {"written": 0, "dropped": 2, "skipped": 0}
         store.impressions.put = put
         log.close()
-        assert outcomes(log) == {"written": 3, "dropped": 2}
+        assert outcomes(log) == {"written": 3, "dropped": 2, "skipped": 0}
         with store.pool.connection() as connection:
             assert connection.execute("SELECT array_agg(list_id ORDER BY 1) FROM impressions").fetchone() == (
                 ["l0", "l1", "l2"],
             )
+
+
+def test_lists_of_one_who_is_forgotten_while_they_wait_and_those_that_waited_too_long_are_not_written(store):
+    log = ImpressionLog(store, 0, CollectorRegistry())
+    put, store.impressions.put = store.impressions.put, away
+    for one in (just_shown("of u"), replace(just_shown("of v"), user_id="v")):
+        log.add(one)
+    log.add(replace(just_shown("of yesterday"), user_id="v", at=datetime.now(UTC) - LONGEST_WAIT))
+    store.users.forget("u")
+    store.impressions.put = put
+    log.close()
+    assert outcomes(log) == {"written": 1, "dropped": 1, "skipped": 1}
+    with store.pool.connection() as connection:
+        assert connection.execute("SELECT list_id FROM impressions").fetchall() == [("of v",)]
 
 
 def away(impressions) -> None:
@@ -582,9 +600,9 @@ def test_a_list_that_cannot_be_written_keeps_no_other_from_it(store, monkeypatch
     monkeypatch.setattr("api_controller.impression_log.BATCH", 1)
     log = ImpressionLog(store, 0, CollectorRegistry())
     for number, context in enumerate(("", "no text in PostgreSQL: \x00", "")):
-        log.add(shown(f"l{number}", "u", ["x"], context=context))
+        log.add(just_shown(f"l{number}", context))
     log.close()
-    assert outcomes(log) == {"written": 2, "dropped": 1}
+    assert outcomes(log) == {"written": 2, "dropped": 1, "skipped": 0}
 
 
 def test_lists_past_their_retention_go_by_themselves(store):
@@ -607,7 +625,7 @@ def test_new_lists_do_not_wait_until_all_old_ones_are_gone(store, monkeypatch):
 
     def slowly(before):
         made.wait()
-        behind.add(shown("new", "u", ["x"], context="new"))
+        behind.add(just_shown("new"))
         steps = forget(before)
         yield next(steps)
         if outcomes(behind)["written"] == 1:  # the step before was followed by a look at what waits

@@ -7,7 +7,9 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 
 import numpy as np
 import psycopg
@@ -17,7 +19,7 @@ from psycopg import sql
 import forget
 from catalog import Event, RawProduct, Rejected, User, session_key
 from settings import UserError
-from store import Impression, ItemRows, PutEvents, SessionTakenError, UserSummary, quarantine
+from store import Impression, ItemRows, PutEvents, SessionTakenError, UserSummary, quarantine, sessions
 from store import events as event_store
 
 T0 = datetime(2024, 3, 1, 12, tzinfo=UTC)
@@ -314,10 +316,133 @@ def test_nothing_of_a_session_comes_back_to_a_user_who_was_forgotten(shop):
         assert shop.users.summary(session_key(session)).events["view"] >= 5
 
 
+def rows_of(shop, table: str, user: str) -> int:
+    with shop.pool.connection() as connection:
+        query = sql.SQL("SELECT count(*) FROM {} WHERE user_id = %s").format(sql.Identifier(table))
+        return connection.execute(query, (user,)).fetchone()[0]
+
+
+def test_a_list_that_was_shown_before_is_not_written_afterwards(shop):
+    """It waited in a worker's memory. What is shown later to who comes by that name is written."""
+    shop.sessions.merge(session_key("s"), "u")
+    shop.users.forget("u")
+    now = datetime.now(UTC)
+    shown = [
+        replace(showing(f"{name} {minutes}", name), at=now + timedelta(minutes=minutes))
+        for name in ("u", session_key("s"), "other")
+        for minutes in (-600, 0, 10)
+    ]
+    assert shop.impressions.put(shown) == 5
+    assert [rows_of(shop, "impressions", name) for name in ("u", session_key("s"), "other")] == [1, 1, 3]
+    assert shop.impressions.put([replace(showing("nobody's", "u"), user_id=None)]) == 1
+
+
+def test_no_list_is_left_behind_by_a_shopper_who_is_forgotten_while_it_is_written(shop):
+    """Before, during and after: each writer has asked for the tombstone that then stands, or its rows are there to be removed."""
+    for round_number in range(8):
+        user, count = f"u{round_number}", itertools.count()
+
+        def write(user: str = user, count: Iterator[int] = count) -> None:
+            shop.impressions.put([showing(f"{user}-{next(count)}", user)])
+
+        with meanwhile(write, write):
+            shop.users.forget(user)
+        write()
+        assert rows_of(shop, "impressions", user) == 0
+
+
+def test_tombstones_say_nobody_s_id_and_go_when_nothing_can_wait_any_more(shop, settings):
+    for user in ("early", "late"):
+        shop.users.forget(user)
+    with shop.pool.connection() as connection:
+        connection.execute(
+            "UPDATE tombstones SET forgotten_at = now() - interval '50 hours' WHERE digest = sha256('early')"
+        )
+    assert shop.tombstones.delete_old() == 1
+    with shop.pool.connection() as connection:
+        assert connection.execute("SELECT digest FROM tombstones").fetchall() == [(sha256(b"late").digest(),)]
+    assert traces(settings.database_url, "late") == []
+
+
+def test_nobody_is_held_while_the_quarantine_is_looked_through(shop, monkeypatch):
+    """So a session may be merged meanwhile: what is quarantined of it goes as well."""
+    monkeypatch.setattr(quarantine, "SCAN_ROWS", 2)
+    raws = [json.dumps({"user_id": f"u{number}"}) for number in range(9)]
+    raws += [json.dumps({"user_id": "u"}), json.dumps({"session_id": "late"})]
+    shop.quarantine.add("s", [Rejected("f", line, "r", raw) for line, raw in enumerate(raws)])
+    tells_of, held = quarantine._tells_of, []
+
+    def slowly(*given) -> bool:
+        with shop.pool.connection() as connection:
+            held.append(
+                connection.execute(
+                    "SELECT count(*) FROM pg_locks JOIN pg_database ON pg_database.oid = database"
+                    " WHERE locktype = 'advisory' AND datname = current_database()"
+                ).fetchone()[0]
+            )
+        shop.sessions.merge(session_key("late"), "u")
+        return tells_of(*given)
+
+    monkeypatch.setattr(quarantine, "_tells_of", slowly)
+    assert shop.users.forget("u")["quarantine"] == 2
+    assert held
+    assert not any(held)
+    assert sorted(row.raw for row in shop.quarantine.read()) == sorted(raws[:9])
+
+
+def test_a_session_that_nobody_owns_is_forgotten_as_completely(shop, settings):
+    shop.events.put([event("p1", session_id="browser-77"), event("p2", session_id="browser-7")])
+    shop.impressions.put([showing("a", session_key("browser-77"))])
+    shop.quarantine.add_refused(
+        [Rejected("POST /events", 1, "kind: bad", json.dumps({"session_id": "browser-77", "product_id": "p1"}))]
+    )
+    removed = shop.users.forget(session_key("browser-77"))
+    assert removed == {"events": 1, "impressions": 1, "merged_sessions": 0, "users": 0, "quarantine": 1}
+    assert traces(settings.database_url, "browser-77") == []
+    assert shop.impressions.put([showing("b", session_key("browser-77"))]) == 0
+    assert shop.users.summary(session_key("browser-7")).events == {"view": 1}
+
+
+def test_a_session_that_is_a_user_s_is_not_forgotten_alone(shop):
+    live(shop, "u", "s")
+    with pytest.raises(SessionTakenError) as raised:
+        shop.users.forget(session_key("s"))
+    assert raised.value.owner == "u"
+    assert shop.users.summary("u").events == {"view": 2}
+
+
+def test_whose_a_session_was_goes_with_time_unless_it_is_merged_again(shop, monkeypatch):
+    monkeypatch.setattr(sessions, "DELETE_ROWS", 2)
+    for number in range(5):
+        shop.sessions.merge(session_key(f"s{number}"), "u")
+    shop.events.put([event("p1", session_id="s0")])
+    with shop.pool.connection() as connection:
+        connection.execute("UPDATE merged_sessions SET merged_at = now() - interval '10 days'")
+    shop.sessions.merge(session_key("s1"), "u")
+    with pytest.raises(SessionTakenError):
+        shop.sessions.merge(session_key("s2"), "somebody else")  # which makes it no younger
+    assert shop.sessions.delete_before(timedelta(days=11)) == 0
+    assert shop.sessions.delete_before(timedelta(days=9)) == 4
+    assert [shop.sessions.owner(session_key(f"s{number}")) for number in (0, 1)] == [session_key("s0"), "u"]
+    assert shop.users.summary("u").events == {"view": 1}
+
+
+def test_one_session_as_a_command(shop, settings, capsys):
+    shop.events.put([event("p1", session_id="s")])
+    live(shop, "u", "merged")
+    options = {**settings.model_dump(), "what": "session", "_env_file": None}
+    forget.main(forget.ForgetOptions(**options, shopper="s"))
+    assert "1 of events" in capsys.readouterr().out
+    with pytest.raises(UserError, match="whom"):
+        forget.main(forget.ForgetOptions(**options))
+    with pytest.raises(UserError, match=r"forget\.py user u removes both"):
+        forget.main(forget.ForgetOptions(**options, shopper="merged"))
+
+
 def test_one_shopper_as_a_command(shop, settings, capsys):
     live(shop, "u", "s")
     options = {**settings.model_dump(), "what": "user", "_env_file": None}
-    forget.main(forget.ForgetOptions(**options, user="u"))
+    forget.main(forget.ForgetOptions(**options, shopper="u"))
     assert "2 of events, 3 of impressions, 1 of merged_sessions, 1 of users" in capsys.readouterr().out
     assert shop.users.summary("u") is None
     with pytest.raises(UserError, match="whom"):
