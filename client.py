@@ -12,7 +12,7 @@
         shop.add_events([Event(user_id="shopper-1", product_id=item.product_id, kind="click", at=datetime.now(UTC))])
 
 Bodies and answers are the service's own types. A call that may be repeated without harm is, when the connection broke or the
-service was busy (503, 429), after the time that it asks for; all may but `rollback` and `put_rules`. Whatever else it refuses is a
+service was busy (503, 429), after the time that it asks for; all may but `put_rules`. Whatever else it refuses is a
 `StyleTowerError` with its own words.
 """
 
@@ -207,13 +207,19 @@ class StyleTower:
         """All releases, the oldest first: `[release.name for release in shop.releases() if release.live]`."""
         return self._call("GET", "/releases", list[ReleaseAnswer])
 
-    def promote(self, name: str) -> ReleaseAnswer:
-        """Make a release live: `shop.promote("20260101-120000")`."""
-        return self._call("POST", f"/releases/{_part(name)}/live", ReleaseAnswer)
+    def promote(self, name: str, leaving: str | None = None) -> ReleaseAnswer:
+        """Make a release live, in place of `leaving` if that is given and nothing else is live:
+        `shop.promote("20260101-120000")`."""
+        params = None if leaving is None else {"from": leaving}
+        return self._call("POST", f"/releases/{_part(name)}/live", ReleaseAnswer, params=params)
 
-    def rollback(self) -> ReleaseAnswer:
-        """Make live what was live before. Never repeated by itself: twice would go back two."""
-        return self._call("POST", "/releases/rollback", ReleaseAnswer, repeatable=False)
+    def rollback(self, leaving: str | None = None) -> ReleaseAnswer:
+        """Make live what was live before `leaving`, or before what is live now. It says which release it leaves, so that a call
+        that is repeated goes back once."""
+        if leaving is None:
+            leaving = next((release.name for release in self.releases() if release.live), None)
+        params = None if leaving is None else {"from": leaving}
+        return self._call("POST", "/releases/rollback", ReleaseAnswer, params=params, repeatable=leaving is not None)
 
     # ------------------------------------------------------------------------------------------------------------- state
     def health(self) -> Health:

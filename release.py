@@ -64,6 +64,13 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")  # a table of the database has i
 Part = TypeVar("Part")
 
 
+class NotLiveError(UserError):
+    """Another release is live than the one that whoever asks for a change goes by."""
+
+    def __init__(self, expected: str, live: str | None) -> None:
+        super().__init__(f"release {live or 'none'} is live, not {expected}: nothing was changed")
+
+
 class Release:
     """A release folder and its manifest. `name` is the folder's name."""
 
@@ -127,15 +134,12 @@ class Release:
     def past(cls, models_dir: Path) -> list[str]:
         """What was live, oldest first, the live one last. A rollback takes what it left behind out of the past."""
         past: list[str] = []
-        with suppress(FileNotFoundError):
-            for line in (models_dir / PROMOTIONS).read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError, KeyError, TypeError):  # a line that a full disk cut short
-                    entry = json.loads(line)
-                    if entry["back"]:
-                        while past and past[-1] != entry["release"]:
-                            past.pop()
-                    if past[-1:] != [entry["release"]]:
-                        past.append(entry["release"])
+        for entry in _moves(models_dir):
+            if entry["back"]:
+                while past and past[-1] != entry["release"]:
+                    past.pop()
+            if past[-1:] != [entry["release"]]:
+                past.append(entry["release"])
         current = cls.current(models_dir)
         return past if current is None or past[-1:] == [current] else [*past, current]
 
@@ -150,9 +154,9 @@ class Release:
         if missing:
             raise UserError(f"release {self.name} is not complete (missing: {', '.join(missing)}); it cannot go live")
 
-    def make_live(self, back: bool = False) -> None:
+    def make_live(self, back: bool = False, expected: str | None = None) -> None:
         """Point `current` here, in one atomic step, as a promotion or the way `back`. Raises UserError unless the release is
-        complete and there."""
+        complete and there, NotLiveError when neither `expected` nor this one is live."""
         self.check_complete()
         models_dir = self.folder.parent
         pointer = models_dir / "current"
@@ -160,11 +164,13 @@ class Release:
         with _promotions(models_dir) as log:
             self.open(models_dir, self.name)  # it may have been deleted while whoever calls was checking it
             before = self.current(models_dir)
+            if expected is not None and before not in (expected, self.name):
+                raise NotLiveError(expected, before)
             if before is not None and not log.tell():  # the first entry: what was live before it counts as well
-                log.write(_promotion(before, back=False))
+                log.write(_promotion(before, back=False, left=None))
             temporary.write_text(self.name + "\n", encoding="utf-8")
             os.replace(temporary, pointer)
-            log.write(_promotion(self.name, back))
+            log.write(_promotion(self.name, back, before))
 
     # ------------------------------------------------------------------------------------------------------- save, load
     def save_manifest(self) -> None:
@@ -373,10 +379,12 @@ def catalogue_features(
 
 
 def promote(
-    store: Store, models_dir: Path, name: str, back: bool = False, text_encoder: TextEncoder | None = None
-) -> None:
+    store: Store, models_dir: Path, name: str, back: bool = False, text_encoder: TextEncoder | None = None,
+    expected: str | None = None,
+) -> None:  # fmt: skip
     """Make a release live, as a promotion or on the way `back`. Raises UserError, and changes nothing, unless it is there,
-    complete, undamaged, indexed in this database, and made with the `text_encoder` that serves, if that is known."""
+    complete, undamaged, indexed in this database, and made with the `text_encoder` that serves, if that is known; NotLiveError
+    unless `expected` is live, if that is given, or the release itself already."""
     release = Release.open(models_dir, name)
     release.check_complete()
     release.check_files()
@@ -384,15 +392,25 @@ def promote(
         release.check_text_encoder(text_encoder)
     if not store.vectors.holds_rows(name):
         raise UserError(f"release {name} has no vectors in this database; run build_index.py --release {name}")
-    release.make_live(back)
+    release.make_live(back, expected)
 
 
-def rollback(store: Store, models_dir: Path, text_encoder: TextEncoder | None = None) -> str:
-    """Make live what was live before; returns its name. Raises UserError when there is nothing to go back to."""
-    name = Release.previous(models_dir)
+def rollback(
+    store: Store, models_dir: Path, text_encoder: TextEncoder | None = None, expected: str | None = None
+) -> str:
+    """Make live what was live before; returns its name. With `expected`, the release to leave, it is done once, however often it is
+    asked for. Raises UserError when there is nothing to go back to, NotLiveError when another than `expected` is live."""
+    with _promotions(models_dir):  # the pointer and the log of one moment
+        live, moves = Release.current(models_dir), _moves(models_dir)
+        name = Release.previous(models_dir)
+    if expected not in (None, live):
+        last = moves[-1] if moves else {}
+        if live is not None and last.get("back") and (last["release"], last.get("left")) == (live, expected):
+            return live  # asked once more, since nobody heard that it was done
+        raise NotLiveError(str(expected), live)
     if name is None:
         raise UserError("there is no release that was live before this one; promote one by its name")
-    promote(store, models_dir, name, back=True, text_encoder=text_encoder)
+    promote(store, models_dir, name, back=True, text_encoder=text_encoder, expected=live)
     return name
 
 
@@ -472,8 +490,22 @@ def _promotions(models_dir: Path) -> Iterator[IO[str]]:
         yield log
 
 
-def _promotion(name: str, back: bool) -> str:
-    return json.dumps({"release": name, "back": back, "at": datetime.now(UTC).isoformat(timespec="seconds")}) + "\n"
+def _moves(models_dir: Path) -> list[dict[str, Any]]:
+    """The log of promotions, the oldest first."""
+    moves = []
+    with suppress(FileNotFoundError):
+        for line in (models_dir / PROMOTIONS).read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):  # a line that a full disk cut short
+                entry = json.loads(line)
+                if isinstance(entry, dict) and "release" in entry and "back" in entry:
+                    moves.append(entry)
+    return moves
+
+
+def _promotion(name: str, back: bool, left: str | None) -> str:
+    """A line of the log. `left` was live before."""
+    at = datetime.now(UTC).isoformat(timespec="seconds")
+    return json.dumps({"release": name, "back": back, "left": left, "at": at}) + "\n"
 
 
 def _manifest(path: Path) -> dict[str, Any]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Annotated
 
 import psycopg
-from fastapi import APIRouter, BackgroundTasks, HTTPException
+from fastapi import APIRouter, BackgroundTasks, HTTPException, Query
 
 import release as releases
 from api_controller.access import ADMIN
 from api_controller.schemas import ReleaseAnswer, ReleaseName
-from api_controller.service import Service, ServiceDep
+from api_controller.service import Service, ServiceDep, unavailable
 from loaded_release import UnavailableError
 from recommender import Recommender
 from release import PARTS, Release
@@ -19,6 +20,14 @@ from settings import UserError
 
 log = logging.getLogger("styletower")
 router = APIRouter(prefix="/releases", tags=["releases"], dependencies=[ADMIN])
+
+Leaving = Annotated[
+    str | None, Query(alias="from", description="the release that is live as far as you know; 409 when another one is")
+]
+NOT_HEARD = (
+    "it may be done all the same: GET /releases says which release is live; with ?from= and the name of the one to leave, it can "
+    "be asked for again without being done twice"
+)
 
 
 @router.get("")
@@ -29,28 +38,31 @@ async def every(service: ServiceDep) -> list[ReleaseAnswer]:
 
 
 @router.post("/{name}/live")
-async def promote(name: ReleaseName, service: ServiceDep, later: BackgroundTasks) -> ReleaseAnswer:
-    """Make a release live. The next answer is its; nothing is restarted."""
+async def promote(
+    name: ReleaseName, service: ServiceDep, later: BackgroundTasks, leaving: Leaving = None
+) -> ReleaseAnswer:
+    """Make a release live. The next answer is its; nothing is restarted. Twice is the same as once."""
     store, recommender = service.parts()
     models_dir = service.settings.models_dir
 
     def work() -> ReleaseAnswer:
         if name not in Release.names(models_dir):
             raise HTTPException(404, f"no release {name!r}; GET /releases lists them")
-        releases.promote(store, models_dir, name, text_encoder=recommender.text_encoder)
+        releases.promote(store, models_dir, name, text_encoder=recommender.text_encoder, expected=leaving)
         return described(service, name)
 
     return await moved(service, recommender, work, later)
 
 
 @router.post("/rollback")
-async def rollback(service: ServiceDep, later: BackgroundTasks) -> ReleaseAnswer:
-    """Make live what was live before. Once more goes back one more."""
+async def rollback(service: ServiceDep, later: BackgroundTasks, leaving: Leaving = None) -> ReleaseAnswer:
+    """Make live what was live before. Once more goes back one more, unless `from` names the release to leave: then twice is the
+    same as once."""
     store, recommender = service.parts()
     models_dir = service.settings.models_dir
 
     def work() -> ReleaseAnswer:
-        return described(service, releases.rollback(store, models_dir, recommender.text_encoder))
+        return described(service, releases.rollback(store, models_dir, recommender.text_encoder, leaving))
 
     return await moved(service, recommender, work, later)
 
@@ -58,11 +70,16 @@ async def rollback(service: ServiceDep, later: BackgroundTasks) -> ReleaseAnswer
 async def moved(
     service: Service, recommender: Recommender, work: Callable[[], ReleaseAnswer], later: BackgroundTasks
 ) -> ReleaseAnswer:
-    """Move the pointer; 409 when that cannot be. Products that the release does not know yet are indexed behind the answer."""
+    """Move the pointer; 409 when that cannot be, 503 when it is not known whether it was. Products that the release does
+    not know yet are indexed behind the answer."""
     try:
         answer = await service.run(work)
     except UserError as error:
         raise HTTPException(409, " ".join(str(error).split())) from error
+    except HTTPException as error:
+        if error.status_code != 503:
+            raise
+        raise unavailable(f"{error.detail}; {NOT_HEARD}") from error
     service.promotions.inc()
     later.add_task(catch_up, recommender)
     return answer

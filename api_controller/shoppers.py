@@ -114,8 +114,8 @@ async def forget(user_id: UserId, service: ServiceDep) -> ForgottenAnswer:
 
 @router.delete("/sessions/{session_id}", dependencies=[ADMIN])
 async def forget_session(session_id: SessionId, service: ServiceDep) -> ForgottenAnswer:
-    """Remove every trace of a session that is nobody's. One that was merged into a user is a 409: it
-    goes with DELETE /users/{id}."""
+    """Remove every trace of a session that is nobody's. One that was merged into a user is a 409: it goes
+    with DELETE /users/{id}."""
     try:
         return await forgotten(service, session_key(session_id), "session")
     except SessionTakenError as error:

@@ -85,12 +85,25 @@ def test_a_call_that_may_be_repeated_is_and_events_carry_the_same_id(script, sho
     assert json.loads(script.asked[0][3])[0]["event_id"] == EVENT.event_id != ""
 
 
+RELEASE = {"name": "old", "created_at": "", "parts": [], "metrics": {}, "items": 1, "live": True}
+
+
 @pytest.mark.parametrize("trouble", [BUSY, HANG_UP])
-def test_a_rollback_is_never_repeated(script, shop, trouble):
-    script.answers = [trouble]
+def test_a_rollback_says_what_it_leaves_and_may_then_be_repeated(script, shop, trouble):
+    every = [RELEASE | {"live": False}, RELEASE | {"name": "new"}]
+    script.answers = [(200, every, {}), trouble, (200, RELEASE, {})]
+    assert shop.rollback().name == "old"
+    assert [(method, path) for method, path, _, _ in script.asked] == [
+        ("GET", "/releases"), ("POST", "/releases/rollback?from=new"), ("POST", "/releases/rollback?from=new"),
+    ]  # fmt: skip
+
+
+def test_a_rollback_from_nothing_known_is_not_repeated(script, shop):
+    script.answers = [(200, [], {}), BUSY]
     with pytest.raises(StyleTowerError):
         shop.rollback()
-    assert len(script.asked) == 1
+    assert script.asked[-1][1] == "/releases/rollback"
+    assert not script.answers
 
 
 def test_patience_ends(script, shop):

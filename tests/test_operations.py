@@ -9,6 +9,7 @@ import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
 
+import httpx
 import polars as pl
 import pytest
 
@@ -18,7 +19,7 @@ from api_controller.schemas import ExperimentBody, RecommendBody, RulesBody, Rul
 from catalog import Event, RawProduct
 from client import StyleTower, StyleTowerError, sign_shopper
 from experiments import Arm
-from release import PARTS, Release, delete
+from release import PARTS, Release, _promotions, delete
 from rules import RuleSet
 from settings import Settings, UserError
 from store import Store
@@ -360,6 +361,39 @@ def test_what_came_while_another_release_was_live_is_known_after_the_way_back(sh
     assert admin.recommend(body).release == trained(shop).name
     with Store.open(shop) as store:
         delete(store, shop.models_dir, "third")
+
+
+def test_a_rollback_that_says_what_it_leaves_is_done_once(shop, web, made):
+    """Somebody moves the pointer for longer than a call may take: nobody hears that it was done."""
+    first = trained(shop)
+    first.make_live()
+    for name in ("sixth", "seventh"):
+        twin(shop, name).make_live()
+    headers = {"X-API-Key": made["admin"]}
+
+    def asked(path: str) -> httpx.Response:
+        return web.post(f"/releases/{path}", headers=headers)
+
+    with _promotions(shop.models_dir):
+        unheard = asked("rollback?from=seventh")
+    assert unheard.status_code == 503
+    assert "GET /releases says which release is live" in unheard.json()["detail"]
+    eventually(lambda: Release.current(shop.models_dir) == "sixth")
+    for _ in range(2):
+        again = asked("rollback?from=seventh")
+        assert (again.status_code, again.json()["name"]) == (200, "sixth")
+    refused = asked(f"{first.name}/live?from=seventh")
+    assert (refused.status_code, refused.json()["detail"]) == (
+        409, "release sixth is live, not seventh: nothing was changed",
+    )  # fmt: skip
+    assert asked(f"{first.name}/live?from=sixth").status_code == 200
+    assert asked(f"{first.name}/live?from=sixth").status_code == 200  # it is what it was asked to be
+    refused = asked("rollback?from=seventh")
+    assert (refused.status_code, first.name in refused.json()["detail"]) == (409, True)
+    assert Release.current(shop.models_dir) == first.name
+    with Store.open(shop) as store:
+        for name in ("sixth", "seventh"):
+            delete(store, shop.models_dir, name)
 
 
 def test_releases_at_the_keyboard(shop, capsys):
