@@ -95,6 +95,7 @@ class RulesUsed:
     name: str
     version: int | None
     effects: list[Effect]
+    problem: str = ""  # why they cannot be read: the answer was arranged by none
 
 
 @dataclass(frozen=True)
@@ -223,9 +224,9 @@ class Recommender:
         placed, used = [Placed(row) for row in rows[: request.k]], None
         if request.rules is not None:
             placed, used = _popular_by_rules(request, request.rules, popular.ranked, rows)
-            warnings.append(
+            warnings += _unread(used) or [
                 "rules were applied to these items, by their prices and stock when the database last answered"
-            )
+            ]
             if request.rules.rules.of(HideMet):
                 warnings.append("rules that hide what a shopper met were not applied")
         items = [
@@ -259,7 +260,8 @@ class Recommender:
                 sought = source.finished(found)
                 order, scores = self._rerank(loaded, query, sought, past)
             placed = [Placed(int(row)) for row in order[: request.k]]
-            used = None if named is None else RulesUsed(named.name, named.version, [])
+            used = None if named is None else RulesUsed(named.name, named.version, [], named.problem)
+            warnings += _unread(used)
         else:
             sought, scores, placed, used = self._by_rules(loaded, query, request, named, source, past, found, clock)
             if len(placed) < request.k:
@@ -571,7 +573,14 @@ def _popular_by_rules(
         replace(effect, removed=removed.get(number, effect.removed)) for number, effect in enumerate(outcome.effects)
     ]
     placed = [replace(one, row=kept[one.row]) for one in outcome.placed]
-    return placed, RulesUsed(named.name, named.version, effects)
+    return placed, RulesUsed(named.name, named.version, effects, named.problem)
+
+
+def _unread(used: RulesUsed | None) -> list[str]:
+    """The warning that rules were skipped, if they were."""
+    if used is None or not used.problem:
+        return []
+    return [f"version {used.version} of the rules {used.name!r} cannot be read and was not applied: {used.problem}"]
 
 
 def _limits(request: Request) -> Limits:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, RootModel, model_validator
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, model_validator
 
 from catalog import FeatureSchema, Identifier, Number, Value
 from conditions import (
@@ -252,6 +252,17 @@ class RuleSet(RootModel[Annotated[list[Rule], Field(max_length=MAX_RULES)]]):
         return RuleSet.model_construct(rules), unknown
 
 
+def read_stored(stored: object) -> tuple[RuleSet, str]:
+    """Rules as the database has them, or none and why they cannot be read: they were right for the program that stored them, which
+    may have known other rules, or other bounds, than this one."""
+    try:
+        return RuleSet.model_validate(stored), ""
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        return RuleSet([]), f"{place}: {first['msg']}" if place else first["msg"]
+
+
 @dataclass(frozen=True)
 class NamedRules:
     """Which rules a request is answered by. The version is None for rules that are only tried."""
@@ -259,6 +270,7 @@ class NamedRules:
     name: str
     version: int | None
     rules: RuleSet
+    problem: str = ""  # why they cannot be read; `rules` is empty then
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,11 @@ def main(options: ScoreOptions) -> None:
         rules = recommender.rules(options.rule_set)
         if rules is None and options.rule_set != DEFAULT:
             raise UserError(f"no rules of the name {options.rule_set!r} are live")
+        if rules is not None and rules.problem:
+            raise UserError(
+                f"version {rules.version} of the rules {rules.name!r} cannot be read ({rules.problem}); "
+                "PUT /rules with what it should be"
+            )
         parts = Parts(options, release, rules)
         users = parts.begin(asked_users(options, store))
 

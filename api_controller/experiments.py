@@ -83,7 +83,7 @@ def log_list(
     if shopper is None:
         experiment = arm = None
     if experiment is not None and arm is not None:
-        by_rules = arm.rules in (None, DEFAULT if rules is None else rules.name)
+        by_rules = arm.rules in (None, DEFAULT if rules is None else rules.name) and not (rules and rules.problem)
         own = not answer.degraded and by_rules and arm.release in (None, answer.release)
         (service.exposures if own else service.missed).labels(experiment.name, arm.name).inc()
         if not own:
@@ -122,8 +122,13 @@ async def start(name: ExperimentName, body: ExperimentBody, service: ServiceDep)
 
     def work() -> Experiment | None:
         for number, arm in enumerate(body.arms):
-            if arm.rules not in (None, DEFAULT) and recommender.rules(arm.rules) is None:
+            rules = recommender.rules(arm.rules or DEFAULT)
+            if rules is None and arm.rules not in (None, DEFAULT):
                 raise _refused(["body", "arms", number, "rules"], f"no rules of the name {arm.rules!r} are live")
+            if rules is not None and rules.problem:
+                raise _refused(
+                    ["body", "arms", number, "rules"], f"the rules {rules.name!r} cannot be read: {rules.problem}"
+                )
             try:
                 if arm.release is not None:
                     recommender.releases.check(arm.release)

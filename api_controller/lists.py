@@ -136,8 +136,10 @@ def _rules_used(service: Service, used: pipeline.RulesUsed | None) -> RulesUsedB
         return None
     if used.version is not None:
         service.count_effects(used.effects)
+    if used.problem:
+        service.unread_rules.labels(used.name).inc()
     effects = [EffectBody.model_construct(**vars(effect)) for effect in used.effects]
-    return RulesUsedBody.model_construct(name=used.name, version=used.version, effects=effects)
+    return RulesUsedBody.model_construct(**{**vars(used), "effects": effects})
 
 
 def _known_values(recommender: pipeline.Recommender, part: str, std: dict[str, list[str]]) -> dict[str, list[str]]:

@@ -23,7 +23,7 @@ from conditions import OfGroups, OfProducts, OfRe
 from conditions import Path as PathInJson
 from rules import DEFAULT, Pin, RuleSet
 from settings import UserError
-from store import Store
+from store import Store, UnreadableRulesError
 from vocab import normalise
 
 router = APIRouter(prefix="/rules", tags=["rules"], dependencies=[ADMIN])
@@ -86,7 +86,8 @@ async def version(version: Version, service: ServiceDep, name: Identifier = DEFA
     found = await service.run(lambda: store.rules.get(name, version))
     if found is None:
         raise HTTPException(404, f"there is no version {version} of the rules {name!r}")
-    return RulesAnswer(**vars(found[0]), rules=found[1])
+    version_found, rules, stored = found
+    return RulesAnswer(**vars(version_found), rules=rules, unreadable=stored if version_found.problem else None)
 
 
 @router.put("")
@@ -118,4 +119,9 @@ async def make_live(version: Version, body: RulesLiveBody, service: ServiceDep) 
         made = await service.run(lambda: store.rules.make_live(body.name, version, body.who, body.note))
     except LookupError as error:
         raise HTTPException(404, f"there is no version {version} of the rules {body.name!r}") from error
+    except UnreadableRulesError as error:
+        raise HTTPException(
+            409,
+            f"version {version} of the rules {body.name!r} cannot be read: {error}; PUT /rules with what it should be",
+        ) from error
     return RulesVersionBody(**vars(made))

@@ -125,11 +125,12 @@ class EffectBody(BaseModel):
 
 
 class RulesUsedBody(BaseModel):
-    """The version is null for rules that came with the request."""
+    """The version is null for rules that came with the request. Rules with a `problem` cannot be read, and were not applied."""
 
     name: str
     version: int | None
     effects: list[EffectBody]
+    problem: str = ""
 
 
 class RecommendAnswer(BaseModel):
@@ -296,11 +297,17 @@ class RulesVersionBody(BaseModel):
     who: str
     note: str
     made_at: datetime
+    problem: Annotated[
+        str, Field(description="why this version of the program cannot read it, so that it is skipped")
+    ] = ""
 
 
 class RulesAnswer(RulesVersionBody):
+    """Of a version with a `problem` the rules are empty, and `unreadable` has what is stored."""
+
     rules: RuleSet
     warnings: list[str] = []
+    unreadable: Any = None
 
 
 class RulesTurnBody(BaseModel):

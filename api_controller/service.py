@@ -72,6 +72,9 @@ class Service:
         self.rule_moves = Counter(
             "styletower_rule_moves", "Items that live rules moved", ["kind"], registry=self.registry
         )
+        self.unread_rules = Counter(
+            "styletower_unread_rules", "Lists made without rules that cannot be read", ["name"], registry=self.registry
+        )
         self.exposures = Counter(
             "styletower_exposures", "Lists shown that count for an arm", ["experiment", "arm"], registry=self.registry
         )

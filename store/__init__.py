@@ -10,7 +10,7 @@ from store.keys import ApiKey
 from store.products import Commerce, Standing, StoredProduct
 from store.quarantine import QuarantinedRow
 from store.releases import RecordedRelease
-from store.rules import RulesTurn, RulesVersion
+from store.rules import RulesTurn, RulesVersion, UnreadableRulesError
 from store.sessions import SessionTakenError
 from store.tombstones import LONGEST_WAIT
 from store.users import UserState, UserSummary
@@ -45,6 +45,7 @@ __all__ = [
     "Standing",
     "Store",
     "StoredProduct",
+    "UnreadableRulesError",
     "UserState",
     "UserSummary",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from datetime import UTC, datetime, timedelta
@@ -12,6 +13,8 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
+import score_users
+from settings import UserError
 from store import Store
 from tests.serving import environment_of, eventually, ids, recommend, serving
 
@@ -294,6 +297,45 @@ def test_a_version_that_is_not_there_is_said(client, method, path, status):
 
 def test_a_name_without_live_rules_is_said(client):
     assert refused(client.post("/recommend", json={"rule_set": "nobody"})) == [["body", "rule_set"]]
+
+
+def test_rules_that_this_program_cannot_read_are_skipped_and_everybody_is_told(new_shop, capfd):
+    """As after going back to an earlier version of the program, or on to one that refuses what was allowed."""
+    stored = [*FIRST, {"kind": "of_another_version", "n": 1}]
+    with new_shop() as shop:
+        with serving(environment_of(shop)) as (_, client):
+            plain = ids(recommend(client, k=10))
+            assert client.put("/rules", json={"rules": FIRST}).is_success
+        with psycopg.connect(shop.database_url) as connection:
+            connection.execute("UPDATE rules SET rules = %s::json", (json.dumps(stored),))
+        with serving(environment_of(shop)) as (_, client):
+            answer = recommend(client, k=10)
+            assert ids(answer) == plain
+            assert (answer["rules"]["version"], answer["rules"]["effects"]) == (1, [])
+            assert "of_another_version" in answer["rules"]["problem"]
+            assert [warning for warning in answer["warnings"] if "cannot be read and was not applied" in warning]
+            assert 'styletower_unread_rules_total{name="default"} 1.0' in client.get("/metrics").text
+            assert client.get(f"/items/{plain[0]}/similar").status_code == 200
+            listed = client.get("/rules").json()["versions"]
+            assert [(one["version"], one["live"], one["problem"]) for one in listed] == [
+                (1, True, answer["rules"]["problem"])
+            ]
+            alone = client.get("/rules/1").json()
+            assert (alone["rules"], alone["unreadable"]) == ([], stored)
+            refused = client.post("/rules/1/live", json={})
+            assert (refused.status_code, "cannot be read" in refused.json()["detail"]) == (409, True)
+            arms = [{"name": name, "share": 0.5} for name in ("one", "two")]
+            started = client.put("/experiments/unread", json={"arms": arms})
+            assert (started.status_code, started.json()["detail"][0]["loc"]) == (422, ["body", "arms", 0, "rules"])
+            with pytest.raises(UserError, match="version 1 of the rules 'default' cannot be read"):
+                score_users.main(
+                    score_users.ScoreOptions(**shop.model_dump(), out=shop.models_dir / "lists.parquet", _env_file=None)
+                )
+
+            made = client.put("/rules", json={"rules": FIRST}).json()
+            assert (made["version"], made["problem"], made["unreadable"]) == (2, "", None)
+            assert recommend(client, k=10)["rules"]["problem"] == ""
+    assert capfd.readouterr().err.count("version 1 of the rules 'default' is live and cannot be read") == 1
 
 
 # --- workers, and when the database is away ---------------------------------------------------------------------------

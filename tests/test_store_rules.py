@@ -157,7 +157,7 @@ def test_versions_stay_and_the_latest_turn_is_live(store):
         (1, "Sol", "back"), (2, "Jin", "try"), (1, "Jin", "caps"),
     ]  # fmt: skip
     assert [(one.version, one.live) for one in store.rules.versions("shop")] == [(2, False), (1, True)]
-    version, rules = store.rules.get("shop", 2)
+    version, rules, _ = store.rules.get("shop", 2)
     assert (version.who, rules) == ("Sol", SORTED)
     assert store.rules.get("shop", 3) is None
     with pytest.raises(LookupError):
