@@ -3,7 +3,8 @@
     python build_index.py                      # the newest release
     python build_index.py --release 20260101-120000 --no-live
 
-An item's row is `[unit vector ; popularity coordinates ; collaborative coordinates]`, with its links to other items beside it. The
+An item's row is `[unit vector ; popularity coordinates ; collaborative coordinates]`, with its links to other items beside it, and
+once more as the index has it (search_space.py). The
 release goes live only when every check passes; the one that was live serves until then, and its vectors stay for a way back. A
 release that is indexed again, even the live one, answers by its old rows until the new ones are there.
 Exit code 3: it is indexed, but foresees the newest events, which neither learned from, worse than the live one, which stays
@@ -13,6 +14,7 @@ Exit code 3: it is indexed, but foresees the newest events, which neither learne
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -21,19 +23,20 @@ from tqdm import tqdm
 
 from compare_releases import compare
 from item_links import ItemLinks
-from model_user import fill_norms
 from recommender import Recommender
-from release import ItemEncoder, Release
+from release import SEARCH_SPACE, ItemEncoder, Release
+from search_space import SearchSpace
 from settings import Settings, UserError, run_script
 from shop_data import ShopData, validation_start
-from store import Filters, ItemRows, Store
+from store import ItemRows, Store
 from text_encoder import TextEncoder
 from train_user import item_keys, retrieve
 
-CHECKED_QUERIES = 200
+FITTED_QUERIES = 200  # by which the search space is made
+CHECKED_QUERIES = 200  # others
 CHECKED_AT = 100
 COPY_BATCH = 10_000
-SEARCH_WIDTHS = (200, 400, 800)  # hnsw.ef_search: twice as wide costs about 1.6 times as much
+SEARCH_WIDTHS = (100, 200, 400, 800)  # hnsw.ef_search: twice as wide costs about 1.6 times as much
 
 
 class IndexOptions(Settings):
@@ -59,11 +62,8 @@ class WorseError(UserError):
     exit_code = 3
 
 
-def index_rows(shop: ShopData, release: Release) -> tuple[np.ndarray, float]:
-    """Rows of every item as of now, float32 [N, row_width], and their common length.
-
-    Raises UserError when one is not a sound vector.
-    """
+def index_rows(shop: ShopData, release: Release) -> np.ndarray:
+    """Rows of every item as of now, float32 [N, row_width]. Raises UserError when one is not a sound vector."""
     tower = release.aligned_user_tower(shop.items.product_ids)
     with torch.no_grad():
         rows = item_keys(tower, torch.from_numpy(shop.vectors), shop.popularity_as_of(shop.now)).numpy()
@@ -74,7 +74,7 @@ def index_rows(shop: ShopData, release: Release) -> tuple[np.ndarray, float]:
             f"{len(bad)} item vectors are not finite or not of unit length (first: {shop.items.product_ids[bad[0]]!r}); "
             "train the encoder again"
         )
-    return rows, fill_norms(rows)
+    return rows
 
 
 def queries_of_shoppers(shop: ShopData, release: Release, links: ItemLinks, count: int) -> np.ndarray:
@@ -86,8 +86,33 @@ def queries_of_shoppers(shop: ShopData, release: Release, links: ItemLinks, coun
     return retrieve(tower, shop, links, requests.take(chosen), profiles, tower.config.history, 1).queries
 
 
+def copy_rows(
+    store: Store, table: str, rows: ItemRows, space: SearchSpace, linked: Callable[[int], tuple[list[str], list[float]]]
+) -> None:
+    """Into a table that was begun; `linked` gives the links of a row, and how strong they are."""
+    placed, part = space.place(rows.vectors)
+    # The long ones first: the graph grows around what many searches end at.
+    order = np.argsort(-np.linalg.norm(placed[:, :-1], axis=1), kind="stable")
+    for start in tqdm(range(0, len(order), COPY_BATCH), desc="copying vectors", unit="batch", leave=False):
+        batch = order[start : start + COPY_BATCH]
+        links = [linked(row) for row in batch.tolist()]
+        store.vectors.copy(
+            table,
+            ItemRows(
+                [rows.product_ids[row] for row in batch],
+                rows.vectors[batch],
+                rows.std_ids[batch],
+                rows.re_ids[batch],
+                placed[batch],
+                part[batch],
+                [others for others, _ in links],
+                [strengths for _, strengths in links],
+            ),
+        )
+
+
 def index_recall(
-    store: Store, table: str, rows: np.ndarray, ids: list[str], queries: np.ndarray, ef_search: int
+    store: Store, table: str, rows: np.ndarray, ids: list[str], queries: np.ndarray, space: SearchSpace, ef_search: int
 ) -> float:
     """The share of the exact best items that the index finds, over real queries, in searches of that width."""
     count = min(CHECKED_AT, len(ids))
@@ -96,18 +121,19 @@ def index_recall(
     for query in queries:
         scores = rows @ query
         threshold = np.partition(scores, -count)[-count] - 1e-4  # items tied with the last one are as good
-        answer = store.vectors.search(table, query, count, Filters(), ef_search=ef_search)
+        answer = store.vectors.search(table, query, count, ef_search=ef_search, placed=space.query(query))
         found += sum(scores[number_of[product_id]] >= threshold for product_id in answer.product_ids)
     return found / (count * len(queries))
 
 
 def search_width(
-    store: Store, table: str, rows: np.ndarray, ids: list[str], queries: np.ndarray, options: IndexOptions
-) -> tuple[int, float]:
+    store: Store, table: str, rows: np.ndarray, ids: list[str], queries: np.ndarray, space: SearchSpace,
+    options: IndexOptions,
+) -> tuple[int, float]:  # fmt: skip
     """The least of SEARCH_WIDTHS that finds enough, and what it finds. How wide a search must be depends on the data: items in
     tight clusters, as of a catalogue of few attributes, need more. Raises UserError when even the widest finds too little."""
     for ef_search in SEARCH_WIDTHS:
-        recall = index_recall(store, table, rows, ids, queries, ef_search)
+        recall = index_recall(store, table, rows, ids, queries, space, ef_search)
         if recall >= options.recall:
             break
     if recall < options.min_recall:
@@ -163,35 +189,32 @@ def main(options: IndexOptions) -> None:
         origins = store.products.origins()
         encoder.learn_words(store.releases.words(release.name))  # of goods that came since it was trained
         shop = ShopData.of_release(store, encoder, release)
-        rows, norm = index_rows(shop, release)
+        rows = index_rows(shop, release)
         links = shop.links(shop.now)
+        queries = queries_of_shoppers(shop, release, links, FITTED_QUERIES + CHECKED_QUERIES)
+        fitted = min(FITTED_QUERIES, (len(queries) + 1) // 2)
+        untouched = release.user_tower().config.untouched_column
+        space = SearchSpace.fit(rows, queries[:fitted], untouched)
+        release.save_weights(SEARCH_SPACE, space)
         table = store.vectors.begin(release.name, rows.shape[1])
         ids = shop.items.product_ids
-        for start in tqdm(range(0, len(ids), COPY_BATCH), desc="copying vectors", unit="batch", leave=False):
-            part = slice(start, start + COPY_BATCH)
-            linked = [links.of(row) for row in range(start, min(start + COPY_BATCH, len(ids)))]
-            store.vectors.copy(
-                table,
-                ItemRows(
-                    ids[part],
-                    rows[part],
-                    shop.items.std[part],
-                    shop.items.re[part],
-                    [[ids[other] for other in others] for others, _ in linked],
-                    [strengths.tolist() for _, strengths in linked],
-                ),
-            )
+
+        def linked(row: int) -> tuple[list[str], list[float]]:
+            others, strengths = links.of(row)
+            return [ids[other] for other in others], strengths.tolist()
+
+        copy_rows(store, table, ItemRows(ids, rows, shop.items.std, shop.items.re), space, linked)
         with tqdm(total=100, desc="building the HNSW index", unit="%", leave=False) as bar:
             store.vectors.build_index(
                 table, options.hnsw_m, options.ef_construction,
                 lambda share: bar.update(round(100 * share) - bar.n),
             )  # fmt: skip
         ef_search, recall = search_width(
-            store, table, rows, ids, queries_of_shoppers(shop, release, links, CHECKED_QUERIES), options
+            store, table, rows, ids, queries[fitted:] if len(queries) > 1 else queries, space, options
         )
         store.vectors.finish(release.name)
         release.record(
-            "index", items=len(ids), dimensions=rows.shape[1], norm=norm, ef_search=ef_search, recall=recall,
+            "index", items=len(ids), dimensions=rows.shape[1], ef_search=ef_search, recall=recall,
             seconds=time.monotonic() - started, options=options.model_dump(mode="json", exclude={"database_url"}),
         )  # fmt: skip
         store.releases.record(release.name, release.manifest)

@@ -42,7 +42,7 @@ class LoadedRelease:
         self.prices = PriceScale(**release.manifest["reranker"]["prices"])
         self.trained_re_words = len(self.encoder.re_vocab)
         self.new_goods = float(release.manifest["reranker"]["options"]["new_goods"])
-        self.row_norm = float(release.manifest["index"]["norm"])
+        self.search_space = release.search_space()
         self.ef_search = int(release.manifest["index"]["ef_search"])  # what the index's recall was measured with
         self.allowed_values = {
             field_name: {normalise(value): value for value in values}
@@ -66,8 +66,7 @@ class LoadedRelease:
 
     @property
     def untouched_column(self) -> int:
-        """Of an item's row: 1 where nobody met the item yet (the last popularity coordinate)."""
-        return self.item_width + self.popularity_width - 1
+        return self.user_tower.config.untouched_column
 
     def learn_words(self, words: dict[tuple[str, str], int]) -> None:
         """Add RE words that came after training, under the ids the database gave them (dense, in order)."""

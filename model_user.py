@@ -1,7 +1,7 @@
 """The user tower: behaviour, context and body, fused into item space.
 
-An item's row in the index is `[unit vector ; popularity coordinates ; collaborative coordinates ; filler]`. The query is
-`[scaled unit vector ; learned weights ; collaborative vector ; 0]`, so that one inner product says what a shopper is
+An item's row is `[unit vector ; popularity coordinates ; collaborative coordinates]`. The query is
+`[scaled unit vector ; learned weights ; collaborative vector]`, so that one inner product says what a shopper is
 drawn to, how much they follow what is wanted now, and what shoppers like them took. The item tower's vectors stay frozen;
 the collaborative coordinates belong to this tower, start at zero, and stay zero for items nobody touched yet.
 
@@ -51,21 +51,13 @@ class UserTowerConfig:
 
     @property
     def row_width(self) -> int:
-        """Dimensions of an item's row in the index."""
-        return self.item_width + self.popularity_width + self.collaborative + 1
+        """Dimensions of an item's row."""
+        return self.item_width + self.popularity_width + self.collaborative
 
-
-def fill_norms(rows: np.ndarray, norm: float | None = None) -> float:
-    """Set the last column of index rows [M, row_width], in place, so that every row has one length; returns that length.
-
-    A graph over inner products needs it: among rows of many lengths the long ones attract every link and the others cannot be
-    reached. The query's last value is 0, so no score changes (Bachrach et al., RecSys 2014). A row longer than a given
-    `norm`, as a later one may be, gets 0.
-    """
-    squares = np.square(rows[:, :-1].astype(np.float64)).sum(1)
-    length = float(np.sqrt(squares.max(initial=0.0))) if norm is None else norm
-    rows[:, -1] = np.sqrt(np.maximum(0.0, length**2 - squares))
-    return length
+    @property
+    def untouched_column(self) -> int:
+        """Of an item's row: 1 where nobody met the item yet (the last popularity coordinate)."""
+        return self.item_width + self.popularity_width - 1
 
 
 class UserTower(nn.Module):
@@ -145,7 +137,6 @@ class UserTower(nn.Module):
         parts = [self.log_scale.exp() * unit, self.to_popularity(fused) * config.popularity]
         if config.collaborative:
             parts.append(liked_collaborative + self.to_collaborative(fused))
-        parts.append(unit.new_zeros(len(unit), 1))  # the filler of an item's row never counts
         return torch.cat(parts, dim=-1)
 
     @property
@@ -166,8 +157,7 @@ class UserTower(nn.Module):
         An item without events has no collaborative coordinates: whatever its row drifted to as a negative is not
         evidence. The last popularity coordinate says so (see tensors.Popularity).
         """
-        filler = vectors.new_zeros(len(vectors), 1)  # see fill_norms
-        return torch.cat([vectors, popularity, self.collaborative_of(items, popularity), filler], dim=-1)
+        return torch.cat([vectors, popularity, self.collaborative_of(items, popularity)], dim=-1)
 
     def collaborative_of(self, items: Tensor, popularity: Tensor) -> Tensor:
         """[..., collaborative] of catalogue rows, zero where the item had no event yet."""

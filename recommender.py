@@ -21,7 +21,6 @@ from catalog import SESSION, ListKind, Product, RawProduct, Rejected
 from explain import Reason, explain, general_reason
 from extract_features import extract_many, fingerprints, is_changed
 from loaded_release import LoadedRelease, LoadedReleases, UnavailableError
-from model_user import fill_norms
 from readers import LexiconReader
 from rule_search import Limits, RuleSearch, Search, limits_of, ranked_of
 from rules import DEFAULT, Effect, HideMet, NamedRules, Placed, Ranked, RuleSet, apply, filtered, seed_of
@@ -44,9 +43,6 @@ CONTEXT_CACHE = 10_000  # context texts whose vectors are remembered
 AWAY_SECONDS = 1.0  # for so long after a failure nobody waits for a database that is known to be away
 # Products embedded and indexed at once when catching up: whoever puts one of them waits so long.
 INDEX_BATCH = 100
-# Lifts items that nobody met yet above all others in a search for them: more than scores ever differ, and not so much that
-# single precision loses their order.
-NEW_LIFT = 1000.0
 
 
 @dataclass(frozen=True)
@@ -369,38 +365,28 @@ class Recommender:
         """The best by inner product and links, and among them a share of products that nobody met yet: without one they would
         stay so, since popularity outweighs whatever they are like. `train_user.retrieve` finds the same by exact search."""
         count = max(request.k, CANDIDATES)
-        found = self._search(loaded, request, _links(loaded, state))(query, count, _limits(request))
         new = round(loaded.new_goods * count)
-        # All that match are found, or there is a share to keep.
-        if new == 0 or len(found.product_ids) < count:
-            return found
-        return found.with_share(self._untouched(loaded, query, request, state, new))
+        return self._find(loaded, request, _links(loaded, state), query, count, _limits(request), new)
 
     def _untouched(
         self, loaded: LoadedRelease, query: np.ndarray, request: Request, state: UserState, limit: int
     ) -> Found:
-        """The best products that nobody met yet, with the scores that they have by `query`."""
-        lifted = query.copy()
-        lifted[loaded.untouched_column] += NEW_LIFT
-        # Nothing is linked to what nobody met: variants are all that the history leads to.
-        links = replace(_links(loaded, state), together=None)
-        found = self._search(loaded, request, links)(lifted, limit, _limits(request))
-        if not found.product_ids:
-            return found
-        found = found.take(np.flatnonzero(found.vectors[:, loaded.untouched_column] > 0))
-        scores = found.vectors @ query + found.variant * loaded.link_weights[1]
-        return replace(found, scores=scores.astype(np.float32))
+        """The best products that nobody met yet."""
+        return self._find(loaded, request, _links(loaded, state), query, 0, _limits(request), limit)
 
     def _search(self, loaded: LoadedRelease, request: Request, history: History | None) -> Search:
         """Finds by inner product and by the links from a history, what passes the request's filters."""
 
-        def search(query: np.ndarray, limit: int, limits: Limits) -> Found:
-            return self.store.vectors.search(
-                loaded.name, query, limit, limits.filters(request.filters, request.moment), limits.left_out,
-                loaded.ef_search, limits.met_by, history, limits.hides,
-            )  # fmt: skip
+        return lambda query, limit, limits: self._find(loaded, request, history, query, limit, limits)
 
-        return search
+    def _find(
+        self, loaded: LoadedRelease, request: Request, history: History | None, query: np.ndarray, limit: int,
+        limits: Limits, new: int = 0,
+    ) -> Found:  # fmt: skip
+        return self.store.vectors.search(
+            loaded.name, query, limit, limits.filters(request.filters, request.moment), limits.left_out,
+            loaded.ef_search, limits.met_by, history, limits.hides, loaded.search_space.query(query), new,
+        )  # fmt: skip
 
     def _rerank(
         self, loaded: LoadedRelease, query: np.ndarray, sought: list_kinds.Sought, past: Past
@@ -557,8 +543,7 @@ class Recommender:
         for row, product_id in enumerate(features.product_ids):
             if product_id in old:
                 rows[row, config.item_width :] = old[product_id][config.item_width :]
-        fill_norms(rows, loaded.row_norm)
-        return ItemRows(features.product_ids, rows, features.std, features.re)
+        return ItemRows(features.product_ids, rows, features.std, features.re, *loaded.search_space.place(rows))
 
 
 def _popular_by_rules(

@@ -41,6 +41,7 @@ from catalog import FeatureSchema, Product
 from model_reranker import FusedDeepFM, RerankerConfig, build_deepfm
 from model_simcse import ItemTower, ItemTowerConfig
 from model_user import UserTower, UserTowerConfig
+from search_space import SearchSpace
 from settings import Settings, UserError, run_script
 from tensors import ItemFeatures, ItemLayout, ProfileScaler, distinct, item_features
 from vocab import ReVocab, StdVocab
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 ENCODER, USER_TOWER, RERANKER = "encoder_stage1.pth", "user_tower.pth", "reranker_deepfm.pth"
 # The user tower before its last fit on all data: the reranker learns from lists that its training targets never shaped.
 USER_TOWER_HOLDOUT = "user_tower_holdout.pth"
+SEARCH_SPACE = "search_space.pth"
 PARTS = ("item_tower", "user_tower", "reranker", "index")  # of a complete release, in the order in which they are made
 PROMOTIONS = "promotions.jsonl"
 
@@ -242,6 +244,15 @@ class Release:
         tower = UserTower(UserTowerConfig(**self._part("user_tower")["config"]))
         self.load_weights(file, tower)
         return tower
+
+    def search_space(self) -> SearchSpace:
+        space = SearchSpace(int(self._part("index")["dimensions"]))
+        if SEARCH_SPACE not in self.manifest.get("files", {}):
+            raise UserError(
+                f"release {self.name} was indexed by an earlier version of this program; run build_index.py --release {self.name}"
+            )
+        self.load_weights(SEARCH_SPACE, space)
+        return space
 
     def save_trained_items(self, product_ids: Sequence[str]) -> None:
         """Which product each row of the collaborative table belongs to."""

@@ -23,6 +23,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from pydantic import Field
 from pytorch_metric_learning.losses import SupConLoss
+from pytorch_metric_learning.reducers import MeanReducer
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
@@ -71,6 +72,11 @@ class SimcseOptions(HoldOutOptions):
     re: bool = Field(True, description="for ablation: whether the item tower reads RE values")
     title: bool = Field(True, description="for ablation: whether the item tower reads titles")
     orthogonal: bool = Field(True, description="for ablation: whether the STD and RE tables start orthogonal")
+
+
+def contrastive_loss(temperature: float) -> SupConLoss:
+    """The mean over all views: by itself the library leaves out those whose loss is exactly 0, as few are at a low temperature."""
+    return SupConLoss(temperature=temperature, reducer=MeanReducer())
 
 
 def nt_xent(views: Tensor, groups: Tensor, loss: SupConLoss) -> Tensor:
@@ -140,7 +146,7 @@ def validate(
     alignment, uniformity = alignment_uniformity(*views)
     return {
         "-nt_xent": -nt_xent(
-            torch.cat(views), groups[rows].repeat(2).to(whole.device), SupConLoss(temperature=options.temperature)
+            torch.cat(views), groups[rows].repeat(2).to(whole.device), contrastive_loss(options.temperature)
         ).item(),
         f"recall@{RETRIEVED}": (rank < RETRIEVED).float().mean().item(),
         "recall@1": (rank < 1).float().mean().item(),
@@ -194,7 +200,7 @@ def main(options: SimcseOptions) -> None:
     # A catalogue too small to spare items is judged on the items it learns from: the metric is then only a sanity check.
     train_rows = shuffled[held_out:] if len(products) >= 10 * held_out else shuffled
     shown = examples(train_rows, links) if options.pairs else train_rows
-    contrastive = SupConLoss(temperature=options.temperature)
+    contrastive = contrastive_loss(options.temperature)
 
     def loss(model: nn.Module, rows: np.ndarray) -> Tensor:
         both = np.concatenate([rows, partners(rows, links, options.pairs)])

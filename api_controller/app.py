@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import torch
@@ -21,6 +21,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api_controller import experiments, goods, impressions, lists, releases, rules, shoppers
 from api_controller.access import ADMIN, OPEN, told_to_listen
@@ -55,25 +57,45 @@ app = FastAPI(title="StyleTower", version="0.1.0", lifespan=lifespan)
 app.add_middleware(BodyLimit)
 
 
-@app.middleware("http")
-async def account(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-    """Count and log each request; an unexpected error is a 500 with an id to look for in the log, never a trace."""
-    request_id = request.headers.get("x-request-id", "")[:64] or uuid.uuid4().hex[:12]
-    started = time.perf_counter()
-    get_service(request).access.notice_request(request.scope)
-    try:
-        response = await call_next(request)
-    except Exception:
-        log.exception("request %s failed", request_id)
-        response = JSONResponse({"detail": "internal error", "request_id": request_id}, status_code=500)
-    route = getattr(request.scope.get("route"), "path", "unknown")
-    get_service(request).requests.labels(route, response.status_code).inc()
-    response.headers["X-Request-ID"] = request_id
-    milliseconds = 1000 * (time.perf_counter() - started)
-    log.info("%s %s %d %.1f ms %s", request.method, request.url.path, response.status_code, milliseconds, request_id)
-    return response
+class Account:
+    """ASGI middleware that counts and logs each request; an unexpected error is a 500 with an id to look for in the log, never a
+    trace."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request = Request(scope)
+        service = get_service(request)
+        request_id = request.headers.get("x-request-id", "")[:64] or uuid.uuid4().hex[:12]
+        started = time.perf_counter()
+        service.access.notice_request(scope)
+        status = 0
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+            await send(message)
+
+        try:
+            await self.app(scope, receive, answer)
+        except Exception:
+            log.exception("request %s failed", request_id)
+            if not status:  # nothing was sent yet
+                refusal = JSONResponse({"detail": "internal error", "request_id": request_id}, status_code=500)
+                await refusal(scope, receive, answer)
+        route = getattr(scope.get("route"), "path", "unknown")
+        service.requests.labels(route, status).inc()
+        milliseconds = 1000 * (time.perf_counter() - started)
+        log.info("%s %s %d %.1f ms %s", request.method, request.url.path, status, milliseconds, request_id)
 
 
+app.add_middleware(Account)
 # Outermost, so that refusals reach the page as what they are.
 app.add_middleware(
     CORSMiddleware,

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import psycopg
+from pgvector import HalfVector
 from psycopg import Connection, sql
 from psycopg_pool import ConnectionPool
 
@@ -35,8 +37,10 @@ MAX_EF_SEARCH = 1000  # pgvector's own bound
 _PREFIX = "item_vectors_"
 _UNFINISHED = "~new"  # after the name of a release whose table is being built
 _RELEASE = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}(~new)?")  # with prefix and index suffix within PostgreSQL's 63 bytes
+USUAL, OUTSTANDING, UNTOUCHED = range(3)  # the parts of an index, see search_space.py
+PARTS = 3
 DELETE_WAIT = "200ms"  # for a table on which an index is being built; see `delete`
-_COLUMNS = sql.SQL("product_id, vector, std_ids, re_ids, linked, link_strength")
+_COLUMNS = sql.SQL("product_id, vector, placed, part, std_ids, re_ids, linked, link_strength")
 # The wire form as bytes: a hundred rows become one array at once (`stack_vectors`, `stack_ids`), not number by number.
 BINARY = sql.SQL("vector_send(vector), array_send(std_ids), array_send(re_ids)")
 
@@ -44,15 +48,26 @@ BINARY = sql.SQL("vector_send(vector), array_send(std_ids), array_send(re_ids)")
 _MET = sql.SQL("(SELECT product_id FROM events WHERE user_id = %(met_by)s::text)")
 _MET_SO = sql.SQL("(SELECT product_id FROM events WHERE user_id = %(met_by)s::text AND ({}))")
 
-# "+ 0" because the planner believes that an index gives its rows in order, and an iterative scan does not.
+# One index scan a part. What is found there is ordered by the rows themselves, which are exact; the index holds half precision.
+# Of UNTOUCHED products the best `new` are there too, however far behind the others they are.
 _HNSW = sql.SQL("""
-    WITH nearest AS MATERIALIZED (
-        SELECT v.product_id, v.vector <#> %(query)b AS distance, v.vector, v.std_ids, v.re_ids, p.price, p.title
-        FROM {vectors} AS v JOIN products AS p USING (product_id)
-        WHERE p.std IS NOT NULL AND v.product_id <> ALL(%(exclude)s::text[]) AND v.product_id NOT IN {met} AND {filters}
-        ORDER BY v.vector <#> %(query)b LIMIT %(limit)s
+    WITH near AS MATERIALIZED ({parts}), scored AS MATERIALIZED (
+        SELECT *, -(vector <#> %(query)b) AS score FROM near
+    ), ranked AS (
+        SELECT *, row_number() OVER (ORDER BY score DESC, product_id) AS place,
+            row_number() OVER (PARTITION BY part ORDER BY score DESC, product_id) AS place_in_part
+        FROM scored
     )
-    SELECT product_id, -distance, {binary}, price, title FROM nearest ORDER BY distance + 0, product_id
+    SELECT (SELECT count(*) FROM near WHERE part = {usual}), product_id, score, {binary}, price, title, part FROM ranked
+    WHERE place <= %(limit)s OR (part = {untouched} AND place_in_part <= %(new)s)
+    ORDER BY score DESC, product_id
+""")
+_PART = sql.SQL("""
+    (SELECT v.product_id, v.vector, v.std_ids, v.re_ids, v.part, p.price, p.title
+    FROM {vectors} AS v JOIN products AS p USING (product_id)
+    WHERE v.part = {part} AND p.std IS NOT NULL
+        AND v.product_id <> ALL(%(exclude)s::text[]) AND v.product_id NOT IN {met} AND {filters}
+    ORDER BY v.placed <#> %(placed)b::halfvec LIMIT {limit})
 """)
 
 # The distances are computed inside a materialised step and sorted outside of it, where no index can offer its order.
@@ -61,15 +76,17 @@ _EXACT = sql.SQL("""
     WITH kept AS MATERIALIZED (
         SELECT product_id FROM products WHERE std IS NOT NULL AND {filters} {bound}
     ), scored AS MATERIALIZED (
-        SELECT product_id, v.vector <#> %(query)b AS distance
+        SELECT product_id, v.vector <#> %(query)b AS distance, v.part
         FROM kept JOIN {vectors} AS v USING (product_id)
         WHERE product_id <> ALL(%(exclude)s::text[]) AND product_id NOT IN {met} AND {within}
     ), best AS MATERIALIZED (
-        SELECT * FROM scored ORDER BY distance, product_id LIMIT %(limit)s
+        (SELECT * FROM scored ORDER BY distance, product_id LIMIT %(limit)s)
+        UNION
+        (SELECT * FROM scored WHERE part = {untouched} ORDER BY distance, product_id LIMIT %(new)s)
     )
-    SELECT total.kept, product_id, -distance, {binary}, price, title
+    SELECT total.kept, product_id, -distance, {binary}, price, title, best.part
     FROM (SELECT count(*) AS kept FROM kept) AS total
-    LEFT JOIN (best JOIN {vectors} USING (product_id) JOIN products USING (product_id)) ON true
+    LEFT JOIN (best JOIN {vectors} AS v USING (product_id) JOIN products USING (product_id)) ON true
     ORDER BY distance, product_id
 """)
 
@@ -82,37 +99,37 @@ _LINKED = sql.SQL("""
     WITH links AS MATERIALIZED (
         SELECT product_id, sum(together)::float4 AS together, max(variant)::float4 AS variant
         FROM (
-            {together}
+            SELECT link.product_id, link.strength AS together, 0 AS variant
+            FROM {vectors} AS met, unnest(met.linked, met.link_strength) AS link(product_id, strength)
+            WHERE met.product_id = ANY(%(history)s::text[])
+            UNION ALL
             (SELECT product_id, 0 AS together, 1 AS variant FROM products WHERE group_id IN (
                 SELECT group_id FROM products WHERE product_id = ANY(%(history)s::text[])
             ) AND product_id <> ALL(%(history)s::text[]) LIMIT %(most_variants)s)
         ) AS every GROUP BY product_id
     ), scored AS MATERIALIZED (
-        SELECT product_id, vector <#> %(query)b AS distance FROM {vectors}
+        SELECT product_id, vector <#> %(query)b AS distance, part FROM {vectors}
         WHERE product_id = ANY(ARRAY(SELECT product_id FROM links {kept} ORDER BY product_id))
             AND product_id <> ALL(%(exclude)s::text[]) AND product_id NOT IN {met}
     ), ranked AS MATERIALIZED (
-        SELECT product_id, together, variant, -distance + %(together)s * together + %(variant)s * variant AS score
+        SELECT product_id, part, together, variant, -distance + %(together)s * together + %(variant)s * variant AS score
         FROM scored JOIN links USING (product_id) ORDER BY score DESC, product_id
     ), best AS MATERIALIZED (
-        SELECT * FROM ranked
+        (SELECT * FROM ranked
         WHERE (SELECT std IS NOT NULL AND {filters} FROM products WHERE product_id = ranked.product_id)
-        LIMIT %(limit)s
+        LIMIT %(limit)s)
+        UNION
+        (SELECT * FROM ranked
+        WHERE part = {untouched} AND (SELECT std IS NOT NULL AND {filters} FROM products WHERE product_id = ranked.product_id)
+        LIMIT %(new)s)
     )
-    SELECT product_id, score, {binary}, price, title, together, variant
-    FROM best JOIN {vectors} USING (product_id) JOIN products USING (product_id)
+    SELECT product_id, score, {binary}, price, title, v.part, together, variant
+    FROM best JOIN {vectors} AS v USING (product_id) JOIN products USING (product_id)
     ORDER BY score DESC, product_id
-""")
-# A part of it, which a search for what nobody met goes without: nothing was taken together with that, and it reads a thousand rows.
-_TOGETHER = sql.SQL("""
-            SELECT link.product_id, link.strength AS together, 0 AS variant
-            FROM {vectors} AS met, unnest(met.linked, met.link_strength) AS link(product_id, strength)
-            WHERE met.product_id = ANY(%(history)s::text[])
-            UNION ALL
 """)
 # Products that somebody else chose, in the order chosen.
 _AMONG = sql.SQL("""
-    SELECT v.product_id, -(v.vector <#> %(query)b), {binary}, p.price, p.title
+    SELECT v.product_id, -(v.vector <#> %(query)b), {binary}, p.price, p.title, v.part
     FROM unnest(%(ids)s::text[]) WITH ORDINALITY AS given(product_id, place)
         JOIN {vectors} AS v USING (product_id) JOIN products AS p USING (product_id)
     WHERE p.std IS NOT NULL AND v.product_id <> ALL(%(exclude)s::text[]) AND v.product_id NOT IN {met} AND {filters}
@@ -129,6 +146,11 @@ _LINKS = sql.SQL("""
     FROM products AS met JOIN products AS other ON other.group_id = met.group_id AND other.product_id <> met.product_id
     WHERE met.product_id = ANY(%(history)s::text[]) AND other.product_id = ANY(%(items)s::text[])
 """)
+_USUAL_SETTINGS = {
+    # Starting parallel workers costs more than they save on so few rows.
+    "max_parallel_workers_per_gather": "0",
+    "enable_seqscan": "on", "enable_sort": "on", "enable_material": "on",
+}  # fmt: skip
 MOST_VARIANTS = 1000  # a "product" of more variants is a slip in the shop's data, and must not slow a request down
 
 
@@ -140,6 +162,8 @@ class ItemRows:
     vectors: np.ndarray  # float32 [n, D]
     std_ids: np.ndarray  # int32 [n, S], 0 is padding
     re_ids: np.ndarray  # int32 [n, R], 0 is padding
+    placed: np.ndarray | None = None  # float32 [n, P], where the index has them: see search_space.py; None: as they are
+    part: np.ndarray | None = None  # int [n], and in which part; None: all in the first
     linked: Sequence[list[str]] = ()  # of each item, the products it was taken together with; () if nobody knows
     link_strength: Sequence[list[float]] = ()  # and how strongly: see item_links.py
 
@@ -149,7 +173,7 @@ class History:
     """Through which items a search also goes, and what links from them are worth in units of its scores."""
 
     product_ids: Sequence[str]
-    together: float | None  # a strength of 1; None where those links are not followed
+    together: float  # a strength of 1
     variant: float
 
 
@@ -201,6 +225,7 @@ class Found:
     re_ids: np.ndarray  # int32 [n, R]
     price: np.ndarray  # float64 [n], nan if unknown
     titles: list[str]
+    part: np.ndarray  # int [n], see search_space.py
     plan: str  # "hnsw", "hnsw-iterative" or "exact"
     together: np.ndarray  # float32 [n], strength of the links with the history; 0 without any
     variant: np.ndarray  # float32 [n], 1 for a variant of something in the history
@@ -215,6 +240,7 @@ class Found:
             self.re_ids[order],
             self.price[order],
             [self.titles[row] for row in order],
+            self.part[order],
             self.plan,
             self.together[order],
             self.variant[order],
@@ -235,6 +261,7 @@ class Found:
             np.concatenate([self.re_ids, other.re_ids]),
             np.concatenate([self.price, other.price]),
             self.titles + other.titles,
+            np.concatenate([self.part, other.part]),
             self.plan,
             np.concatenate([self.together, other.together]),
             np.concatenate([self.variant, other.variant]),
@@ -244,13 +271,6 @@ class Found:
     def without(self, ids: Collection[str]) -> Found:
         """The rows of other products."""
         return self.take(np.array([row for row, id_ in enumerate(self.product_ids) if id_ not in ids], dtype=int))
-
-    def with_share(self, share: Found) -> Found:
-        """As many rows, those of `share` among them: they take the places of the last others."""
-        missing = share.without(set(self.product_ids))
-        others = self.without(set(share.product_ids))
-        kept = others.take(np.arange(max(0, len(others.product_ids) - len(missing.product_ids))))
-        return kept.joined(share)
 
 
 class Vectors:
@@ -265,9 +285,9 @@ class Vectors:
             connection.execute(
                 sql.SQL(
                     'CREATE TABLE {} (product_id text COLLATE "C" PRIMARY KEY, vector vector({}) NOT NULL,'
-                    " std_ids int4[] NOT NULL, re_ids int4[] NOT NULL,"
+                    " placed halfvec({}) NOT NULL, part int2 NOT NULL, std_ids int4[] NOT NULL, re_ids int4[] NOT NULL,"
                     " linked text[] NOT NULL, link_strength float4[] NOT NULL)"
-                ).format(table_of(release), sql.Literal(dimensions))
+                ).format(table_of(release), sql.Literal(dimensions), sql.Literal(dimensions + 1))
             )
 
     def begin(self, release: str, dimensions: int) -> str:
@@ -281,16 +301,18 @@ class Vectors:
         built = release + _UNFINISHED
         with self._pool.connection() as connection, connection.transaction():
             connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(table_of(release)))
-            for kind, name_of in (("TABLE", table_of), ("INDEX", _index_of)):
-                rename = sql.SQL(f"ALTER {kind} IF EXISTS {{}} RENAME TO {{}}")
-                connection.execute(rename.format(name_of(built), name_of(release)))
+            rename = "ALTER {} IF EXISTS {{}} RENAME TO {{}}"
+            connection.execute(sql.SQL(rename.format("TABLE")).format(table_of(built), table_of(release)))
+            for part in range(PARTS):
+                names = _index_of(built, part), _index_of(release, part)
+                connection.execute(sql.SQL(rename.format("INDEX")).format(*names))
         self._indexed -= {built, release}
 
     def copy(self, release: str, rows: ItemRows) -> None:
         """Add rows by binary COPY. May be called several times; an id that is there is an error."""
         copy_from = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT binary)").format(table_of(release), _COLUMNS)
         with self._pool.connection() as connection, connection.cursor().copy(copy_from) as copy:
-            copy.set_types(["text", "vector", "int4[]", "int4[]", "text[]", "float4[]"])
+            copy.set_types(["text", "vector", "halfvec", "int2", "int4[]", "int4[]", "text[]", "float4[]"])
             for row in _adapted(rows):
                 copy.write_row(row)
 
@@ -301,44 +323,57 @@ class Vectors:
         ef_construction: int = 64,
         progress: Callable[[float], None] | None = None,
     ) -> None:
-        """Build the HNSW index over inner product. `progress` is given the share that is done, 0 to 1."""
+        """Build the HNSW indexes over inner product, one a part. `progress` is given the share that is done, 0 to 1."""
         with self._pool.connection() as builder, ThreadPoolExecutor(1) as thread:
-            # The backend's id names this build in the progress view, whoever else builds.
-            backend = builder.info.backend_pid
-            build = thread.submit(self._build_index, builder, release, m, ef_construction)
-            try:
-                while True:
-                    try:
-                        build.result(timeout=0.2)
-                        break
-                    except FutureTimeoutError:
-                        if progress:
-                            progress(self._build_progress(backend))
-            except BaseException:
-                builder.cancel_safe()  # Ctrl-C stops the server's work too
-                raise
+            rows = dict(
+                builder.execute(
+                    sql.SQL("SELECT part, count(*) FROM {} GROUP BY part").format(table_of(release))
+                ).fetchall()
+            )
+            total, done = max(1, sum(rows.values())), 0
+            for part in range(PARTS):
+                # The backend's id names this build in the progress view, whoever else builds.
+                backend = builder.info.backend_pid
+                count = rows.get(part, 0)
+                build = thread.submit(self._build_part, builder, release, part, count, m, ef_construction)
+                try:
+                    while True:
+                        try:
+                            build.result(timeout=0.2)
+                            break
+                        except FutureTimeoutError:
+                            if progress:
+                                progress((done + count * self._build_progress(backend)) / total)
+                except BaseException:
+                    builder.cancel_safe()  # Ctrl-C stops the server's work too
+                    raise
+                done += count
+            # Searches join the products: without figures on a table filled a moment ago the plan is a bad one.
+            builder.execute(sql.SQL("ANALYZE {}, products, events").format(table_of(release)))
         if progress:
             progress(1.0)
 
-    def _build_index(self, connection: Connection[Any], release: str, m: int, ef_construction: int) -> None:
-        index = sql.SQL("CREATE INDEX {} ON {} USING hnsw (vector vector_ip_ops) WITH (m = {}, ef_construction = {})")
-        statement = index.format(_index_of(release), table_of(release), sql.Literal(m), sql.Literal(ef_construction))
+    def _build_part(
+        self, connection: Connection[Any], release: str, part: int, rows: int, m: int, ef_construction: int
+    ) -> None:
+        statement = sql.SQL(
+            "CREATE INDEX {} ON {} USING hnsw (placed halfvec_ip_ops) WITH (m = {}, ef_construction = {}) WHERE part = {}"
+        ).format(
+            _index_of(release, part), table_of(release), sql.Literal(m), sql.Literal(ef_construction), sql.Literal(part)
+        )
         for workers in (None, "0"):
             try:
                 with connection.transaction():
                     row = connection.execute(
-                        sql.SQL("SELECT count(*), max(vector_dims(vector)) FROM {}").format(table_of(release))
+                        sql.SQL("SELECT vector_dims(placed) FROM {} LIMIT 1").format(table_of(release))
                     ).fetchone()
-                    assert row is not None
-                    memory = _index_memory(row[0], row[1] or 0, m)
+                    memory = _index_memory(rows, 0 if row is None else row[0], m)
                     connection.execute("SELECT set_config('maintenance_work_mem', %s, true)", (f"{memory}kB",))
                     if workers is not None:
                         connection.execute(
                             "SELECT set_config('max_parallel_maintenance_workers', %s, true)", (workers,)
                         )
                     connection.execute(statement)
-                    # Searches join the products: without figures on a table filled a moment ago the plan is a bad one.
-                    connection.execute(sql.SQL("ANALYZE {}, products, events").format(table_of(release)))
                 return
             except (psycopg.errors.DiskFull, psycopg.errors.OutOfMemory):
                 # Parallel builds share memory through /dev/shm, which containers keep small (64 MB in Docker).
@@ -431,9 +466,13 @@ class Vectors:
         met_by: str | None = None,
         history: History | None = None,
         hides: Sequence[Hide] | None = None,
+        placed: np.ndarray | None = None,
+        new: int = 0,
     ) -> Found:
         """The `limit` items with the greatest inner product with `query` (float32 [D]) that pass `filters`; with a `history`, the
-        links from it count too.
+        links from it count too. Among them are the best `new` of those that nobody met yet.
+
+        placed: the query in the coordinates of the index, float32 [D + 1]; None where items stand there as they are.
 
         Products that were deleted, have no features, are in `exclude` or were met by the user `met_by` (in one of the ways in
         `hides`, if given) never appear.
@@ -445,21 +484,41 @@ class Vectors:
         parameters |= met_parameters
         parameters |= {
             "query": np.ascontiguousarray(query, dtype=np.float32),
+            "placed": np.append(query, 0.0).astype(np.float32) if placed is None else placed,
             "exclude": list(exclude),
             "met_by": met_by,
             "limit": limit,
+            "new": new,
         }
-        ef_search = min(max(ef_search or DEFAULT_EF_SEARCH, limit), MAX_EF_SEARCH)
+        ef_search = min(max(ef_search or DEFAULT_EF_SEARCH, limit, new), MAX_EF_SEARCH)
+        follow = history is not None and bool(history.product_ids)
+        if history is not None:
+            parameters |= {
+                "history": list(history.product_ids), "together": history.together, "variant": history.variant,
+                "most_variants": MOST_VARIANTS,
+            }  # fmt: skip
         with self._pool.connection() as connection:
-            found = self._nearest(connection, release, conditions, where, met, parameters, ef_search)
-            if history is None or not history.product_ids:
-                return found
-            kept = sql.SQL("JOIN products USING (product_id) WHERE {}").format(where)
-            linked = _linked(
-                connection, release, where, met, kept if found.plan == "exact" else sql.SQL(""), parameters, history,
-                prepare=False if conditions else None,
-            )  # fmt: skip
-            return _merged(linked, found, limit)
+            if not conditions and self._has_index(connection, release):
+                nearest, linked = _plain_texts(release) if hides is None else _texts(release, where, met)
+                statements = [_Statement(nearest, _hnsw_settings(ef_search), None), _Statement(linked, {}, None)]
+                near, *links = _query(connection, statements[: 1 + follow], parameters)
+                if len(near) < limit:  # the graph was left before enough were met
+                    found = _exact(connection, release, where, met, parameters)
+                else:
+                    found = _found([row[1:] for row in near], "hnsw")
+                found_by_links = _found(links[0], "") if follow else None
+            else:
+                found = self._nearest(connection, release, conditions, where, met, parameters, ef_search)
+                found_by_links = None
+                if follow:
+                    kept = sql.SQL("JOIN products USING (product_id) WHERE {}").format(where)
+                    by_links = _linked(release, where, met, kept if found.plan == "exact" else sql.SQL(""))
+                    (rows,) = _query(connection, [_Statement(by_links, {}, False)], parameters)
+                    found_by_links = _found(rows, "")
+        if found_by_links is not None:
+            # Links only ever add, so whatever is ahead of an unlinked item by inner product stays ahead of it: none is missed.
+            found = found.without(set(found_by_links.product_ids)).joined(found_by_links)
+        return _with_share(found, limit, new)
 
     def hidden(self, ids: Sequence[str], met_by: str | None, hides: Sequence[Hide]) -> list[set[str]]:
         """Which of `ids` a search for the user would leave out, of each of `hides`."""
@@ -487,7 +546,8 @@ class Vectors:
         where = sql.SQL(" AND ").join(conditions) if conditions else sql.SQL("true")
         statement = _AMONG.format(vectors=table_of(release), met=met, filters=where, binary=BINARY)
         with self._pool.connection() as connection:
-            return _found(_query(connection, {}, statement, parameters, prepare=False), "exact")
+            (rows,) = _query(connection, [_Statement(statement, {}, False)], parameters)
+        return _found(rows, "exact")
 
     def links(self, release: str, history: Sequence[str], items: Sequence[str]) -> list[tuple[str, str, float | None]]:
         """The links from products of `history` to `items`: from, to, and the strength of what was taken together, None for
@@ -507,15 +567,16 @@ class Vectors:
             found = _exact_if_few(connection, release, where, met, parameters)
             if found is not None:
                 return found
-        plan = "hnsw-iterative" if conditions else "hnsw"
-        rows = _hnsw(connection, release, where, met, parameters, ef_search, prepare=None if plan == "hnsw" else False)
-        if len(rows) < parameters["limit"]:  # the graph was left before enough were met
+        statement = _Statement(_hnsw(release, where, met), _hnsw_settings(ef_search), False)
+        (rows,) = _query(connection, [statement], parameters)
+        # The graph was left before enough were met.
+        if not rows or len(rows) < parameters["limit"] or rows[0][0] < parameters["limit"]:
             return _exact(connection, release, where, met, parameters)
-        return _found(rows, plan)
+        return _found([row[1:] for row in rows], "hnsw-iterative")
 
     def _has_index(self, connection: Connection[Any], release: str) -> bool:
         if release not in self._indexed:
-            name = _index_of(release).as_string(connection)
+            name = _index_of(release, PARTS - 1).as_string(connection)  # the last that is built
             row = connection.execute("SELECT to_regclass(%s) IS NOT NULL", (name,)).fetchone()
             if row is not None and row[0]:
                 self._indexed.add(release)
@@ -525,9 +586,9 @@ class Vectors:
 def upsert(connection: Connection[Any], release: str, rows: ItemRows) -> None:
     """`Vectors.upsert` on a given connection, in its transaction."""
     statement = sql.SQL(
-        "INSERT INTO {} ({}) VALUES (%s, %b, %b::int4[], %b::int4[], %b::text[], %b::float4[])"
-        " ON CONFLICT (product_id) DO UPDATE SET vector = excluded.vector, std_ids = excluded.std_ids,"
-        " re_ids = excluded.re_ids"
+        "INSERT INTO {} ({}) VALUES (%s, %b, %b, %s, %b::int4[], %b::int4[], %b::text[], %b::float4[])"
+        " ON CONFLICT (product_id) DO UPDATE SET vector = excluded.vector, placed = excluded.placed, part = excluded.part,"
+        " std_ids = excluded.std_ids, re_ids = excluded.re_ids"
     ).format(table_of(release), _COLUMNS)
     ordered = sorted(_adapted(rows), key=lambda row: row[0])  # so that two writers cannot deadlock
     connection.cursor().executemany(statement, ordered)
@@ -588,8 +649,8 @@ def stack_ids(sent: Sequence[bytes]) -> np.ndarray:
     return np.frombuffer(b"".join(sent), dtype=layout)["values"]["value"].astype(np.int32)
 
 
-def _index_of(release: str) -> sql.Identifier:
-    return sql.Identifier(f"{_PREFIX}{release}_hnsw")
+def _index_of(release: str, part: int) -> sql.Identifier:
+    return sql.Identifier(f"{_PREFIX}{release}_hnsw{part}")
 
 
 def _index_memory(rows: int, dimensions: int, m: int) -> int:
@@ -597,14 +658,20 @@ def _index_memory(rows: int, dimensions: int, m: int) -> int:
 
     When it does not fit, the rest is inserted row by row into the index on disk, three times as slowly.
     """
-    bytes_needed = rows * (256 + 4 * dimensions + 64 * m) * 5 // 4
+    bytes_needed = rows * (256 + 2 * dimensions + 64 * m) * 5 // 4
     return int(np.clip(bytes_needed // 1024, 64 * 1024, 4 * 1024 * 1024))
 
 
-def _adapted(rows: ItemRows) -> Iterable[tuple[str, np.ndarray, list[int], list[int], list[str], list[float]]]:
+def _adapted(rows: ItemRows) -> Iterable[tuple[Any, ...]]:
     vectors = np.ascontiguousarray(rows.vectors, dtype=np.float32)
-    links = rows.linked or [[]] * len(vectors), rows.link_strength or [[]] * len(vectors)
-    return zip(rows.product_ids, vectors, rows.std_ids.tolist(), rows.re_ids.tolist(), *links, strict=True)
+    count = len(vectors)
+    placed = np.pad(vectors, ((0, 0), (0, 1))) if rows.placed is None else rows.placed
+    part = [USUAL] * count if rows.part is None else np.asarray(rows.part).tolist()
+    links = rows.linked or [[]] * count, rows.link_strength or [[]] * count
+    halves = map(HalfVector, placed.astype(np.float16))
+    return zip(
+        rows.product_ids, vectors, halves, part, rows.std_ids.tolist(), rows.re_ids.tolist(), *links, strict=True
+    )
 
 
 def _conditions(filters: Filters) -> tuple[list[sql.Composable], dict[str, Any]]:
@@ -634,16 +701,42 @@ def _met(hides: Sequence[Hide] | None) -> tuple[sql.Composable, dict[str, Any]]:
     return _MET_SO.format(sql.SQL(" OR ").join(ways)), parameters
 
 
-def _hnsw(
-    connection: Connection[Any],
-    release: str,
-    where: sql.Composable,
-    met: sql.Composable,
-    parameters: dict[str, Any],
-    ef_search: int,
-    prepare: bool | None,
-) -> list[Any]:
-    settings = {
+@dataclass(frozen=True)
+class _Statement:
+    query: sql.Composed | str
+    settings: Mapping[str, str]  # of the server, beside those that the pipeline's earlier ones set
+    prepare: bool | None  # those with filters never: their best plan depends on the values
+
+
+@lru_cache(64)
+def _plain_texts(release: str) -> tuple[str, str]:
+    """`_texts` of a search without filters that leaves out all that was met: nearly every one."""
+    nearest, linked = _texts(release, sql.SQL("true"), _MET)
+    return nearest.as_string(), linked.as_string()
+
+
+def _texts(release: str, where: sql.Composable, met: sql.Composable) -> tuple[sql.Composed, sql.Composed]:
+    """What finds the nearest by the graph, and what is linked."""
+    return _hnsw(release, where, met), _linked(release, where, met, sql.SQL(""))
+
+
+def _hnsw(release: str, where: sql.Composable, met: sql.Composable) -> sql.Composed:
+    wanted = {part: sql.SQL("%(limit)s") for part in range(PARTS)}
+    wanted[UNTOUCHED] = sql.SQL("greatest(%(limit)s, %(new)s)")
+    parts = [
+        _PART.format(vectors=table_of(release), part=sql.Literal(part), met=met, filters=where, limit=limit)
+        for part, limit in wanted.items()
+    ]
+    return _HNSW.format(
+        parts=sql.SQL(" UNION ALL ").join(parts),
+        usual=sql.Literal(USUAL),
+        untouched=sql.Literal(UNTOUCHED),
+        binary=BINARY,
+    )
+
+
+def _hnsw_settings(ef_search: int) -> dict[str, str]:
+    return {
         "hnsw.ef_search": str(ef_search),
         # Goes on until enough rows pass the conditions; the statement puts them in order.
         "hnsw.iterative_scan": "relaxed_order",
@@ -653,8 +746,13 @@ def _hnsw(
         # And each product by its key, never all of them kept aside to be gone through for every row.
         "enable_material": "off",
     }
-    query = _HNSW.format(vectors=table_of(release), met=met, filters=where, binary=BINARY)
-    return _query(connection, settings, query, parameters, prepare)
+
+
+def _linked(release: str, where: sql.Composable, met: sql.Composable, kept: sql.Composable) -> sql.Composed:
+    """The best of what the history is linked to."""
+    return _LINKED.format(
+        vectors=table_of(release), met=met, filters=where, kept=kept, binary=BINARY, untouched=sql.Literal(UNTOUCHED)
+    )
 
 
 def _estimate(connection: Connection[Any], where: sql.Composable, parameters: dict[str, Any]) -> float:
@@ -670,9 +768,10 @@ def _exact(
 ) -> Found:
     """All matches scored and sorted."""
     query = _EXACT.format(
-        vectors=table_of(release), met=met, filters=where, bound=sql.SQL(""), within=sql.SQL("true"), binary=BINARY
-    )
-    rows = _query(connection, {}, query, parameters, prepare=False)
+        vectors=table_of(release), met=met, filters=where, bound=sql.SQL(""), within=sql.SQL("true"), binary=BINARY,
+        untouched=sql.Literal(UNTOUCHED),
+    )  # fmt: skip
+    (rows,) = _query(connection, [_Statement(query, {}, False)], parameters)
     return _found([row[1:] for row in rows if row[1] is not None], "exact")
 
 
@@ -687,60 +786,46 @@ def _exact_if_few(
         bound=sql.SQL("LIMIT %(bound)s + 1"),
         within=sql.SQL("(SELECT count(*) FROM kept) <= %(bound)s"),
         binary=BINARY,
+        untouched=sql.Literal(UNTOUCHED),
     )
-    rows = _query(connection, {}, query, {**parameters, "bound": EXACT_LIMIT}, prepare=False)
+    (rows,) = _query(connection, [_Statement(query, {}, False)], {**parameters, "bound": EXACT_LIMIT})
     if rows[0][0] > EXACT_LIMIT:
         return None
     return _found([row[1:] for row in rows if row[1] is not None], "exact")
 
 
-def _linked(
-    connection: Connection[Any], release: str, where: sql.Composable, met: sql.Composable, kept: sql.Composable,
-    parameters: dict[str, Any], history: History, prepare: bool | None,
-) -> Found:  # fmt: skip
-    """The best of what the history is linked to."""
-    vectors = table_of(release)
-    taken = sql.SQL("") if history.together is None else _TOGETHER.format(vectors=vectors)
-    query = _LINKED.format(vectors=vectors, together=taken, met=met, filters=where, kept=kept, binary=BINARY)
-    parameters = parameters | {
-        "history": list(history.product_ids), "together": history.together or 0.0, "variant": history.variant,
-        "most_variants": MOST_VARIANTS,
-    }  # fmt: skip
-    return _found(_query(connection, {}, query, parameters, prepare), "")
-
-
-def _merged(linked: Found, nearest: Found, limit: int) -> Found:
-    """The best of both, each item once. No item is missed: links only ever add, so whatever is ahead of an unlinked item by inner
-    product stays ahead of it."""
-    both = nearest.without(set(linked.product_ids)).joined(linked)
-    return replace(both.take_first(limit), plan=nearest.plan)
+def _with_share(found: Found, limit: int, new: int) -> Found:
+    """The first `limit`, the first `new` of what nobody met among them: these take the places of the last others."""
+    first = found.take_first(limit)
+    share = found.take(np.flatnonzero(found.part == UNTOUCHED)[:new])
+    missing = share.without(set(first.product_ids))
+    others = first.without(set(share.product_ids))
+    return others.take_first(max(0, len(others.product_ids) - len(missing.product_ids))).joined(share)
 
 
 def _query(
-    connection: Connection[Any],
-    settings: dict[str, str],
-    query: sql.Composed,
-    parameters: dict[str, Any],
-    prepare: bool | None,
-) -> list[Any]:
-    """Rows of `query` under `settings`, in one round trip: what a pipeline sends together is one transaction, at whose
-    end the settings lapse.
-
-    Statements with filters must not be prepared: their best plan depends on the values.
-    """
-    # Starting parallel workers costs more than they save on so few rows.
-    settings = {"max_parallel_workers_per_gather": "0", **settings}
-    set_all = "SELECT " + ", ".join(["set_config(%s, %s, true)"] * len(settings))
-    with connection.cursor(binary=True) as cursor:
-        with connection.pipeline():
+    connection: Connection[Any], statements: Sequence[_Statement], parameters: dict[str, Any]
+) -> list[list[Any]]:
+    """The rows of each, in one round trip: what a pipeline sends together is one transaction, at whose end the settings lapse."""
+    cursors = []
+    with connection.pipeline():
+        for statement in statements:
+            settings = {**_USUAL_SETTINGS, **statement.settings}
+            set_all = "SELECT " + ", ".join(["set_config(%s, %s, true)"] * len(settings))
             connection.execute(set_all, [text for setting in settings.items() for text in setting])
-            cursor.execute(query, parameters, prepare=prepare)
-        return cursor.fetchall()
+            cursor = connection.cursor(binary=True)
+            cursors.append(cursor)
+            cursor.execute(statement.query, parameters, prepare=statement.prepare)
+    found = []
+    for cursor in cursors:
+        with cursor:
+            found.append(cursor.fetchall())
+    return found
 
 
 def _found(rows: Sequence[Any], plan: str) -> Found:
-    columns = list(zip(*rows, strict=True)) if rows else [()] * 9
-    product_ids, scores, vectors, std_ids, re_ids, price, titles, *links = columns
+    columns = list(zip(*rows, strict=True)) if rows else [()] * 10
+    product_ids, scores, vectors, std_ids, re_ids, price, titles, part, *links = columns
     together, variant = links or np.zeros((2, len(rows)))
     return Found(
         list(product_ids),
@@ -750,6 +835,7 @@ def _found(rows: Sequence[Any], plan: str) -> Found:
         stack_ids(re_ids),
         np.array(price, dtype=np.float64),  # None becomes nan
         list(titles),
+        np.array(part, dtype=np.int64),
         plan,
         np.array(together, dtype=np.float32),
         np.array(variant, dtype=np.float32),

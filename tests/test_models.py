@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pytorch_metric_learning.losses import NTXentLoss, SelfSupervisedLoss, SupConLoss
+from pytorch_metric_learning.losses import NTXentLoss, SelfSupervisedLoss
 from torch.nn import functional as F
 
 from model_reranker import (
@@ -25,9 +25,9 @@ from model_reranker import (
     transfer,
 )
 from model_simcse import ItemTower, ItemTowerConfig, starting_table
-from model_user import UserTower, UserTowerConfig, fill_norms
+from model_user import UserTower, UserTowerConfig
 from tensors import POSITION, ItemBatch, RerankBatch, UserBatch
-from train_simcse import alignment_uniformity, nt_xent
+from train_simcse import alignment_uniformity, contrastive_loss, nt_xent
 from vocab import MASK, PAD
 
 TEXT = 6  # width of the text vectors in these tests
@@ -188,11 +188,12 @@ def test_re_text_share_trains_the_projection():
 # ------------------------------------------------------------------------------------------------------------- NT-Xent
 @settings(deadline=None, max_examples=20)
 @given(st.integers(2, 12), st.floats(0.02, 1.0), st.integers(0, 1000))
+@example(2, 0.021484375, 304)  # one view finds its pair with certainty
 def test_nt_xent_equals_the_librarys_value_and_gradient(items_count, temperature, seed):
     generator = torch.Generator().manual_seed(seed)
     views = torch.randn(2 * items_count, 5, dtype=torch.float64, generator=generator)
     ours, theirs = (F.normalize(views, dim=-1).requires_grad_() for _ in range(2))
-    loss = nt_xent(ours, torch.arange(items_count).repeat(2), SupConLoss(temperature=temperature))
+    loss = nt_xent(ours, torch.arange(items_count).repeat(2), contrastive_loss(temperature))
     reference = SelfSupervisedLoss(NTXentLoss(temperature=temperature))(theirs[:items_count], theirs[items_count:])
     loss.backward()
     reference.backward()
@@ -203,7 +204,7 @@ def test_nt_xent_equals_the_librarys_value_and_gradient(items_count, temperature
 def test_other_colours_of_a_product_are_no_negatives():
     """Items 0 and 1 are one product and lie on the same spot; only item 2 may push them."""
     views = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).repeat(2, 1), dim=-1)
-    loss = nt_xent(views, torch.tensor([0, 0, 1]).repeat(2), SupConLoss(temperature=0.5))
+    loss = nt_xent(views, torch.tensor([0, 0, 1]).repeat(2), contrastive_loss(0.5))
     expected = [math.log(math.e**2 + 2) - 2] * 2 + [math.log(math.e**2 + 4) - 2]
     assert loss.item() == pytest.approx(sum(expected) / 3, rel=1e-5)
 
@@ -257,7 +258,7 @@ NOBODY = UserBatch(
 
 def test_the_query_is_as_wide_as_an_index_row():
     tower = user_tower()
-    assert tower(shoppers()).shape == (2, USER.row_width) == (2, 11)
+    assert tower(shoppers()).shape == (2, USER.row_width) == (2, 10)
     rows = tower.item_rows(torch.arange(4), torch.zeros(4, 5), torch.zeros(4, 3))
     assert rows.shape == (4, USER.row_width)
 
@@ -325,25 +326,13 @@ def test_an_item_without_events_has_no_collaborative_coordinates():
     popularity = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
     rows = user_tower().item_rows(torch.arange(2), torch.zeros(2, 5), popularity)
     assert rows[0, -3:-1].abs().sum() > 0
-    assert rows[1, -3:-1].abs().sum() == 0
+    assert rows[1, -2:].abs().sum() == 0
 
 
 def test_collaborative_coordinates_can_be_switched_off():
     tower = user_tower(replace(USER, collaborative=0))
-    assert tower(shoppers()).shape == (2, 9)
-    assert tower.item_rows(torch.arange(4), torch.zeros(4, 5), torch.zeros(4, 3)).shape == (4, 9)
-
-
-def test_filled_rows_have_one_length_and_the_same_scores():
-    rows = np.random.default_rng(0).normal(size=(20, 6)).astype(np.float32)
-    query = np.append(np.ones(5), 0.0)
-    before = rows @ query
-    length = fill_norms(rows)
-    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), length, rtol=1e-5)
-    np.testing.assert_allclose(rows @ query, before, rtol=1e-5)
-    longer = np.full((1, 6), 10.0, dtype=np.float32)
-    assert fill_norms(longer, length) == length
-    assert longer[0, -1] == 0.0
+    assert tower(shoppers()).shape == (2, 8)
+    assert tower.item_rows(torch.arange(4), torch.zeros(4, 5), torch.zeros(4, 3)).shape == (4, 8)
 
 
 def test_realign_follows_items_and_gives_new_ones_zero():

@@ -41,6 +41,7 @@ def test_the_release_is_live_and_complete(shop):
     assert Release.current(shop.models_dir) == release.name
     assert set(release.manifest["files"]) == {
         "encoder_stage1.pth", "user_tower.pth", "user_tower_holdout.pth", "reranker_deepfm.pth",
+        "search_space.pth",
     }  # fmt: skip
     assert release.manifest["index"]["items"] == 200
     assert release.manifest["index"]["recall"] > 0.95
@@ -98,12 +99,12 @@ def test_searches_are_as_wide_as_the_index_needs_and_a_bad_index_is_refused(aske
     store, recommender = asked
     release = Release.open(shop.models_dir)
     data = ShopData.of_release(store, recommender.live().encoder, release)
-    rows, _ = build_index.index_rows(data, release)
+    rows, space = build_index.index_rows(data, release), release.search_space()
     queries = build_index.queries_of_shoppers(data, release, data.links(data.now), 20)
 
     def width(rows, **bounds):
         options = build_index.IndexOptions(**shop.model_dump(), **bounds)
-        return build_index.search_width(store, release.name, rows, data.items.product_ids, queries, options)
+        return build_index.search_width(store, release.name, rows, data.items.product_ids, queries, space, options)
 
     ef_search, recall = width(rows)
     assert ef_search == build_index.SEARCH_WIDTHS[0]

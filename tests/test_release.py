@@ -8,13 +8,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import release as releases
 from catalog import FeatureSchema
-from release import PARTS, PROMOTIONS, USER_TOWER, Release
+from release import PARTS, PROMOTIONS, SEARCH_SPACE, USER_TOWER, Release
+from search_space import SearchSpace
 from settings import UserError
 from vocab import ReVocab, StdVocab
 
@@ -94,6 +96,19 @@ def test_a_missing_weight_file_is_named(saved):
     (saved.folder / USER_TOWER).unlink()
     with pytest.raises(UserError, match=r"release saved has no user_tower\.pth; run the training script"):
         saved.load_weights(USER_TOWER, network())
+
+
+def test_the_search_space_comes_back_and_a_release_indexed_without_one_says_what_to_do(saved):
+    saved.record("index", dimensions=4)
+    with pytest.raises(
+        UserError, match=r"indexed by an earlier version of this program; run build_index\.py --release saved"
+    ):
+        saved.search_space()
+    random = np.random.default_rng(0)
+    space = SearchSpace.fit(random.normal(size=(50, 4)), random.normal(size=(20, 4)), -1)
+    saved.save_weights(SEARCH_SPACE, space)
+    rows = random.normal(size=(3, 4))
+    np.testing.assert_array_equal(saved.search_space().place(rows)[0], space.place(rows)[0])
 
 
 def test_weights_that_diverged_are_not_saved(saved):

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Iterator
 
-import numpy as np
 import psycopg
 import pytest
 
-from catalog import Product, RawProduct
 from settings import Settings, UserError
-from store import History, ItemRows, Store, database
+from store import Store, database
 from store.database import migrate
 
 
@@ -77,31 +74,6 @@ def test_a_migration_that_fails_takes_all_of_them_back(bare, folder):
     with pytest.raises(psycopg.errors.DivisionByZero):
         migrate(bare, folder)
     assert rows(bare, "SELECT to_regclass('a'), to_regclass('migrations')") == [(None, None)]
-
-
-def test_a_release_indexed_before_there_were_links_is_searched_on_and_takes_them(bare, bare_url, tmp_path):
-    for file in sorted(database.MIGRATIONS.glob("*.sql"))[:3]:
-        shutil.copy(file, tmp_path)
-    migrate(bare, tmp_path)
-    bare.execute(
-        'CREATE TABLE item_vectors_old (product_id text COLLATE "C" PRIMARY KEY, vector vector(2) NOT NULL,'
-        " std_ids int4[] NOT NULL, re_ids int4[] NOT NULL)"
-    )
-    bare.execute("INSERT INTO item_vectors_old VALUES ('a', '[3,0]', '{1}', '{2}'), ('b', '[2,0]', '{1}', '{2}')")
-    with open_url(bare_url) as store:
-        names = ["a", "b", "c"]
-        store.products.put(
-            [RawProduct(product_id=name, title="t", group_id="g" if name < "c" else None) for name in names]
-        )
-        store.products.put_features([Product(product_id=name, title="t") for name in names], origin="test")
-        query, history = np.array([1.0, 0.0], dtype=np.float32), History(["a"], together=10.0, variant=2.0)
-        found = store.vectors.search("old", query, 5, history=history)
-        assert (found.product_ids, found.scores.tolist()) == (["b", "a"], [4.0, 3.0])
-        assert (found.together.tolist(), found.variant.tolist()) == ([0.0, 0.0], [1.0, 0.0])
-        new = ItemRows(["c"], np.zeros((1, 2)), np.array([[1]]), np.array([[2]]), [["a"]], [[0.5]])
-        store.vectors.upsert("old", new)
-        found = store.vectors.search("old", query, 1, history=History(["c"], together=10.0, variant=2.0))
-        assert (found.product_ids, found.scores.tolist(), found.together.tolist()) == (["a"], [8.0], [0.5])
 
 
 def test_two_processes_that_open_an_empty_database_at_once_both_get_it(bare_url):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 
 import numpy as np
 import pytest
-from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
 from catalog import Event, Product, RawProduct, User
@@ -383,9 +383,11 @@ def test_a_search_leaves_the_connection_as_it_was(indexed):
         "hnsw.ef_search",
         "hnsw.iterative_scan",
     )
-    values = {"query": QUERIES[0], "exclude": [], "met_by": None, "limit": 1}
+    placed = np.append(QUERIES[0], np.float32(0))
+    values = {"query": QUERIES[0], "placed": placed, "exclude": [], "met_by": None, "limit": 1, "new": 0}
     with indexed.pool.connection() as connection:
-        vectors._hnsw(connection, RELEASE, sql.SQL("true"), vectors._MET, values, 77, None)
+        nearest, _ = vectors._plain_texts(RELEASE)
+        vectors._query(connection, [vectors._Statement(nearest, vectors._hnsw_settings(77), None)], values)
         values = [connection.execute(f"SHOW {name}").fetchone()[0] for name in names]
     assert values == ["on", "on", "2", "40", "off"]
 
@@ -398,10 +400,40 @@ def test_many_searches_on_one_connection_stay_right(indexed):
         assert narrow.product_ids == best(query, [i for i in range(21) if i % 10 != 9])
 
 
+# --- parts ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("filters", [Filters(), Filters(min_price=0.0), Filters(max_price=25.0)])
+@pytest.mark.parametrize("with_index", [True, False])
+def test_the_parts_of_an_index_answer_as_one_and_the_untouched_have_their_share(shop, filters, with_index):
+    """Every third item is of the outstanding, every seventh of the untouched; the graph holds turned rows."""
+    turn = np.linalg.qr(RANDOM.normal(size=(D, D)))[0].astype(np.float32)
+    placed = np.pad(VECTORS @ turn, ((0, 0), (0, 1)))
+    part = np.where(np.arange(N) % 7 == 0, vectors.UNTOUCHED, (np.arange(N) % 3 == 0) * vectors.OUTSTANDING)
+    shop.vectors.create("parts", D)
+    shop.vectors.copy("parts", replace(rows(range(N)), placed=placed, part=part))
+    if with_index:
+        shop.vectors.build_index("parts")
+    costs = {i: None if i % 10 == 9 else i for i in range(N)}
+    bound = N if filters.max_price is None else filters.max_price
+    passing = [i for i in range(N) if filters == Filters() or (costs[i] is not None and costs[i] <= bound)]
+    for query in QUERIES:
+        turned = np.append(query @ turn, np.float32(0))
+        search = partial(shop.vectors.search, "parts", query, filters=filters, placed=turned)
+        assert search(LIMIT).product_ids == best(query, passing)
+        untouched = best(query, [i for i in passing if part[i] == vectors.UNTOUCHED])
+        found = search(LIMIT, new=LIMIT // 2)
+        assert [i for i in found.product_ids if i in untouched][: LIMIT // 2] == untouched[: LIMIT // 2]
+        others = [i for i in best(query, passing) if i not in untouched[: LIMIT // 2]]
+        assert [i for i in found.product_ids if i not in untouched[: LIMIT // 2]] == others[: LIMIT - LIMIT // 2]
+        assert (np.diff(found.scores) <= 0).all()
+        assert search(0, new=5).product_ids == untouched[:5]
+
+
 # --- links ------------------------------------------------------------------------------------------------------------
 
 
-def history(*numbers: int, weights: tuple[float | None, float] = WEIGHTS) -> History:
+def history(*numbers: int, weights: tuple[float, float] = WEIGHTS) -> History:
     return History([IDS[number] for number in numbers], *weights)
 
 
@@ -412,16 +444,6 @@ def gains(met: list[int]) -> tuple[np.ndarray, np.ndarray]:
     groups = {number // 3 for number in met if number < N // 2}
     variant = [number < N // 2 and number // 3 in groups and number not in met for number in range(N)]
     return together, np.array(variant, dtype=float)
-
-
-def test_variants_alone_may_be_followed(linked):
-    _, variant = gains([5, 450])
-    scores = VECTORS @ QUERIES[0] + WEIGHTS[1] * variant
-    order = np.argsort(-scores)[:LIMIT]
-    found = linked.vectors.search(LINKED, QUERIES[0], LIMIT, history=history(5, 450, weights=(None, WEIGHTS[1])))
-    assert found.product_ids == [IDS[number] for number in order]
-    np.testing.assert_array_equal(found.variant, variant[order])
-    assert not found.together.any()
 
 
 HISTORIES = [[5], [450], [0, 1, 2], [599, 300, 7, 450], list(range(0, 90, 3))]
