@@ -4,8 +4,8 @@ Sparse features read two shared tables, STD and RE: each STD field of the item, 
 most common in the shopper's history. Dense features are the shopper's body and what retrieval knows about the pair. The
 model gives a logit; lists are ordered by it.
 
-`build_deepfm` makes deepctr-torch's own model, `transfer` copies the item tower's tables into it, `FusedDeepFM` is the same
-mathematics with one gather and the shopper's half computed once a request, for serving.
+`build_deepfm` makes deepctr-torch's own model, `transfer` copies the item tower's tables into it. The same mathematics with the
+shopper's half computed once a list: `ListwiseDeepFM` trains that model, `FusedDeepFM` serves what was trained.
 
 What is shown first is clicked most, liked or not. Trained on lists that were shown, the model has the place of each item as its
 last dense feature and need not find another reason for those clicks; served, every item stands at the first place, whose feature
@@ -137,6 +137,36 @@ def start_from_retrieval(model: DeepFM, config: RerankerConfig, place_effect: fl
             model.linear_model.weight[len(config.user_dense) + config.item_dense.index(feature)] = weight
 
 
+class ListwiseDeepFM(nn.Module):
+    """deepctr-torch's own model as it is trained: RerankBatch -> its logits float32 [B, N].
+
+    The same parameters, values, gradients and dropout as `deepfm(deepfm_input(batch))` but for rounding, in less than half the
+    time: deepctr-torch looks the shopper's many ids up again for each candidate.
+    """
+
+    def __init__(self, deepfm: DeepFM, config: RerankerConfig) -> None:
+        super().__init__()
+        self.deepfm, self.config = deepfm, config
+
+    def forward(self, batch: RerankBatch) -> Tensor:
+        deepfm, dim, count = self.deepfm, self.config.embedding_dim, batch.item_std.shape[1]
+        std_table, re_table = joined_table(deepfm, STD_TABLE), joined_table(deepfm, RE_TABLE)
+        user = torch.stack([_mean(std_table, batch.user_std), _mean(re_table, batch.user_re)], dim=1)
+        items = [_mean(std_table, ids) for ids in batch.item_std.split(list(self.config.std_slots.values()), dim=-1)]
+        items.append(_mean(re_table, batch.item_re))
+        values = torch.cat([user.unsqueeze(1).expand(-1, count, -1, -1), torch.stack(items, dim=2)], dim=2)
+        values = values.flatten(0, 1)  # (B * N, fields, dim + 1)
+        dense = [batch.user_dense.unsqueeze(1).expand(-1, count, -1), batch.item_dense]
+        if batch.position is not None:
+            dense.append(batch.position.unsqueeze(-1))
+        dense_values = torch.cat(dense, dim=-1).flatten(0, 1)
+
+        embedding = values[..., :dim]
+        first_order = values[..., dim].sum(1, keepdim=True) + dense_values @ deepfm.linear_model.weight
+        deep = deepfm.dnn_linear(deepfm.dnn(torch.cat([embedding.flatten(1), dense_values], dim=1)))
+        return deepfm.out(first_order + deepfm.fm(embedding) + deep).view(-1, count)
+
+
 class FusedDeepFM(nn.Module):
     """DeepFM's logits for lists of candidates: float32 [B, N]. The same values as deepctr-torch's model, within 1e-5, with every
     candidate at the first place and as far as the configuration trusts them.
@@ -157,12 +187,8 @@ class FusedDeepFM(nn.Module):
         super().__init__()
         self.config = config
         linear, dim = model.linear_model, config.embedding_dim
-
-        def table(name: str) -> Tensor:
-            return torch.cat([model.embedding_dict[name].weight, linear.embedding_dict[name].weight], dim=1).detach()
-
-        self.register_buffer("std_table", table(STD_TABLE).clone())
-        self.register_buffer("re_table", table(RE_TABLE).clone())
+        self.register_buffer("std_table", joined_table(model, STD_TABLE).detach())
+        self.register_buffer("re_table", joined_table(model, RE_TABLE).detach())
         # A feature that is always 0 needs no weight.
         user_dense = len(config.user_dense)
         item_dense = sum(name != POSITION for name in config.item_dense)
@@ -229,6 +255,11 @@ class FusedDeepFM(nn.Module):
         """Append rows for RE words that came after training: embeddings [K, dim], with no first-order weight."""
         rows = torch.cat([ROW_LENGTH * F.normalize(re_rows, dim=-1), torch.zeros(len(re_rows), 1)], dim=1)
         self.re_table = torch.cat([self.re_table, rows.to(self.re_table)])
+
+
+def joined_table(model: DeepFM, name: str) -> Tensor:
+    """`[embedding | first-order weight]` of a table's rows: [rows, dim + 1], a copy that passes gradients on."""
+    return torch.cat([model.embedding_dict[name].weight, model.linear_model.embedding_dict[name].weight], dim=1)
 
 
 def _copy_linear(layer: nn.Linear) -> nn.Linear:

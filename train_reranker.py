@@ -32,7 +32,7 @@ from scipy.special import softmax
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model_reranker import DeepFM, RerankerConfig, build_deepfm, deepfm_input, start_from_retrieval, transfer, trusted
+from model_reranker import ListwiseDeepFM, RerankerConfig, build_deepfm, start_from_retrieval, transfer, trusted
 from release import RERANKER, USER_TOWER_HOLDOUT, ItemEncoder, Release
 from settings import UserError, run_script
 from shop_data import Requests, ShopData, event_weights
@@ -374,13 +374,13 @@ def main(options: RerankerOptions) -> None:
         hidden=tuple(options.hidden),
     )  # fmt: skip
 
-    def new_model() -> DeepFM:
+    def new_model() -> ListwiseDeepFM:
         torch.manual_seed(options.seed)
-        model = build_deepfm(config)
+        deepfm = build_deepfm(config)
         if options.transfer:
-            transfer(model, encoder.tower.std_table.weight, encoder.tower.re_table.weight)
-        start_from_retrieval(model, config, effect)
-        return model
+            transfer(deepfm, encoder.tower.std_table.weight, encoder.tower.re_table.weight)
+        start_from_retrieval(deepfm, config, effect)
+        return ListwiseDeepFM(deepfm, config)
 
     judging = lists.judging()
     train_rows, validation_rows = np.flatnonzero(~judging), np.flatnonzero(judging)
@@ -388,28 +388,27 @@ def main(options: RerankerOptions) -> None:
     weight_of = lists.weights(np.arange(len(lists)))
     validation_weights = lists.weights(validation_rows)
 
-    def logits(deepfm: nn.Module, which: np.ndarray) -> tuple[Tensor, Tensor]:
+    def logits(model: nn.Module, which: np.ndarray) -> tuple[Tensor, Tensor]:
         """The model's own, and retrieval's; of what was shown, given the places."""
         batch = features.batch(which)
         retrieval = config.retrieval_of(batch)
         if with_places:
             position = torch.from_numpy(np.log(np.maximum(lists.place[which], 1))).float()
-            if deepfm.training:
+            if model.training:
                 position = position * (torch.rand(len(which), 1) >= POSITION_DROPOUT)
             batch = replace(batch, position=position)
             retrieval = retrieval + effect * position
         unseen = torch.from_numpy(~lists.counts(which))
-        own = deepfm(deepfm_input(batch)).view(len(which), -1)
-        return own.masked_fill(unseen, NOT_SEEN), retrieval.masked_fill(unseen, NOT_SEEN)
+        return model(batch).masked_fill(unseen, NOT_SEEN), retrieval.masked_fill(unseen, NOT_SEEN)
 
-    def loss(deepfm: nn.Module, which: np.ndarray) -> Tensor:
+    def loss(model: nn.Module, which: np.ndarray) -> Tensor:
         positive = torch.from_numpy(lists.positive[which]).float()
         target = positive / positive.sum(1, keepdim=True)
         weight = torch.from_numpy(weight_of[which]).float()
-        return (F.cross_entropy(logits(deepfm, which)[0], target, reduction="none") * weight).mean()
+        return (F.cross_entropy(logits(model, which)[0], target, reduction="none") * weight).mean()
 
-    def validate(deepfm: nn.Module) -> dict[str, float]:
-        parts = [logits(deepfm, validation_rows[i : i + 256]) for i in range(0, len(validation_rows), 256)]
+    def validate(model: nn.Module) -> dict[str, float]:
+        parts = [logits(model, validation_rows[i : i + 256]) for i in range(0, len(validation_rows), 256)]
         own_logits, retrieval = (torch.cat(column) for column in zip(*parts, strict=True))
         found = ndcg_by_trust(own_logits, retrieval, lists.positive[validation_rows], lists.answers[validation_rows])
         trust = max(found, key=lambda trust: np.average(found[trust], weights=validation_weights))
@@ -433,12 +432,12 @@ def main(options: RerankerOptions) -> None:
         model = new_model()
         again = options.model_copy(update={"epochs": report.best_epoch})
         fit(
-            model, batches(np.arange(len(lists))), loss, lambda deepfm: {"epochs": 0.0}, "epochs", again, release.folder,
+            model, batches(np.arange(len(lists))), loss, lambda model: {"epochs": 0.0}, "epochs", again, release.folder,
             f"{STAGE}_refit", keep_best=False,
         )  # fmt: skip
     if not PartialState().is_main_process:
         return  # one process writes the release
-    release.save_weights(RERANKER, model)
+    release.save_weights(RERANKER, model.deepfm)
     release.record(
         "reranker",
         config=config,

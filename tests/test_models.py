@@ -18,6 +18,7 @@ from model_reranker import (
     ROW_LENGTH,
     STD_TABLE,
     FusedDeepFM,
+    ListwiseDeepFM,
     RerankerConfig,
     build_deepfm,
     deepfm_input,
@@ -379,6 +380,30 @@ def deepfm(config: RerankerConfig = RERANKER):
     return model.eval()
 
 
+def emptied(batch: RerankBatch) -> RerankBatch:
+    """The same lists without any values."""
+    names = ("user_std", "user_re", "item_std", "item_re")
+    return replace(batch, **{name: getattr(batch, name) * 0 for name in names})
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 9), st.booleans(), st.booleans())
+def test_training_by_lists_is_training_deepctrs_model(seed, lists, count, with_places, empty):
+    config = replace(RERANKER, item_dense=[*RERANKER.item_dense, POSITION]) if with_places else RERANKER
+    batch = candidates(seed, lists, count)
+    batch = emptied(batch) if empty else batch
+    if with_places:
+        batch = replace(batch, position=torch.rand(lists, count))
+    found = []
+    for by_lists in (False, True):
+        model = deepfm(config).train()
+        torch.manual_seed(seed)  # of dropout
+        logits = ListwiseDeepFM(model, config)(batch) if by_lists else model(deepfm_input(batch)).view(lists, count)
+        F.cross_entropy(logits, torch.zeros(lists, dtype=torch.int64), reduction="sum").backward()
+        found.append((logits, {name: parameter.grad for name, parameter in model.named_parameters()}))
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
+
+
 @settings(deadline=None, max_examples=15)
 @given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 9))
 def test_the_fused_forward_equals_deepctr(seed, lists, count):
@@ -401,15 +426,7 @@ def test_with_places_the_fused_forward_is_that_of_every_item_at_the_first():
 
 
 def test_the_fused_forward_survives_empty_lists_of_values():
-    batch = candidates()
-    empty = replace(
-        batch,
-        user_std=batch.user_std * 0,
-        user_re=batch.user_re * 0,
-        item_std=batch.item_std * 0,
-        item_re=batch.item_re * 0,
-    )
-    model = deepfm()
+    empty, model = emptied(candidates()), deepfm()
     expected = model(deepfm_input(empty)).view(3, 7)
     assert torch.isfinite(expected).all()
     torch.testing.assert_close(FusedDeepFM(model, RERANKER)(empty), expected, atol=1e-5, rtol=1e-5)
