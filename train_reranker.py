@@ -26,7 +26,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from pydantic import Field
 from scipy.special import softmax
 from torch import Tensor, nn
@@ -349,6 +349,8 @@ def impressions_to_use(store: Store, release: Release, options: RerankerOptions)
 
 
 def main(options: RerankerOptions) -> None:
+    # Joins the processes; alone, it does nothing. A PartialState made before it would take each process on a CPU for the only one.
+    Accelerator()
     release = Release.open(options.models_dir, options.release)
     encoder = ItemEncoder(release, TextEncoder.load(options))
     if "user_tower" not in release.manifest:
