@@ -1,8 +1,10 @@
-"""benchmarks/train.py and the file its figures go to: what is counted, what is kept, what is said when a library does not run."""
+"""benchmarks/train.py and the file its figures go to: what is counted, what is kept, what is said when a library does not run; and,
+where TEST_PEERS names the python of their environment (benchmarks/peers/requirements.txt), what the libraries answer."""
 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
@@ -106,6 +108,32 @@ def test_a_library_that_does_not_run_is_named(tmp_path, python):
     options = BenchmarkOptions(_env_file=None, peers=Path(python))
     with pytest.raises(UserError, match=r"train_rectools_sasrec\.py did not run.*requirements\.txt"):
         ask_peer(options, tmp_path, "train_rectools_sasrec.py", amounts=["targets"], user=np.zeros(1))
+
+
+@pytest.mark.skipif(
+    "TEST_PEERS" not in os.environ, reason="TEST_PEERS does not name the python of the peers' environment"
+)
+@pytest.mark.parametrize(
+    ("script", "variant", "counted"),
+    [
+        ("train_sentence_transformers.py", "frozen", {"items": 4}),
+        ("train_sentence_transformers.py", "whole", {"items": 4}),
+        # Shoppers of three events: the last two of each are targets.
+        ("train_rectools_sasrec.py", "", {"sequences": 4, "targets": 8}),
+    ],
+)
+def test_a_library_says_what_each_step_worked_on(tmp_path, script, variant, counted):
+    options = BenchmarkOptions(_env_file=None, peers=Path(os.environ["TEST_PEERS"]))
+    ask_peer(
+        options, tmp_path, script, variant, amounts=list(counted), encoder=str(tiny_text_encoder(tmp_path / "encoder")),
+        titles=[f"dress {number}" for number in range(16)], max_tokens=8, temperature=0.1,
+        user=np.arange(16).repeat(3), item=np.arange(48) % 7, length=5, heads=2, blocks=1, dropout=0.1, negatives=4,
+        width=8, batch=4, learning_rate=0.001, seed=0, steps=16,
+    )  # fmt: skip
+    with np.load(tmp_path / "answer.npz") as answer:
+        for name, amount in counted.items():
+            assert answer[name].tolist() == [amount] * len(answer["started"])
+        assert answer["epoch"].tolist() == np.repeat(np.arange(4), 4).tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------------- whole

@@ -39,7 +39,7 @@ class Clock(pytorch_lightning.Callback):
 def main() -> None:
     with np.load(sys.argv[1]) as found:
         arrays = {name: found[name] for name in ("user", "item")}
-        question = {name: found[name].item() for name in found.files if name not in arrays}
+        question = {name: found[name].item() for name in found.files if found[name].ndim == 0}
     moments = pd.to_datetime(np.arange(len(arrays["user"])), unit="s")  # nothing but the order is read
     events = pd.DataFrame(
         {Columns.User: arrays["user"], Columns.Item: arrays["item"], Columns.Weight: 1.0, Columns.Datetime: moments}

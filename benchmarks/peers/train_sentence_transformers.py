@@ -7,7 +7,7 @@ pooling, then a dense layer to the item tower's width. `whole` trains the text e
 the library then still runs the encoder at each step, since it keeps no vectors.
 
 QUESTION: titles [N] of the items, the text encoder's folder, max_tokens of a title, width of a vector, batch of items, temperature,
-learning_rate, seed, steps. ANSWER, of each step but the last: started [K] in seconds, epoch [K], items [K].
+learning_rate, seed, steps. ANSWER, of each step: started [K] in seconds, epoch [K], items [K].
 
 Do not put the project's root on PYTHONPATH: the library imports a package `datasets`, as the project's folder is called.
 """
