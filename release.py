@@ -157,8 +157,9 @@ class Release:
             raise UserError(f"release {self.name} is not complete (missing: {', '.join(missing)}); it cannot go live")
 
     def make_live(self, back: bool = False, expected: str | None = None) -> None:
-        """Point `current` here, in one atomic step, as a promotion or the way `back`. Raises UserError unless the release is
-        complete and there, NotLiveError when neither `expected` nor this one is live."""
+        """Point `current` here, in one atomic step, as a promotion or the way `back`; where it points here already, nothing is
+        done. Raises UserError unless the release is complete and there, NotLiveError when neither `expected` nor this one is
+        live."""
         self.check_complete()
         models_dir = self.folder.parent
         pointer = models_dir / "current"
@@ -166,8 +167,10 @@ class Release:
         with _promotions(models_dir) as log:
             self.open(models_dir, self.name)  # it may have been deleted while whoever calls was checking it
             before = self.current(models_dir)
-            if expected is not None and before not in (expected, self.name):
-                raise NotLiveError(expected, before)
+            if before == self.name:  # a second line would hide which release the first one left
+                return
+            if expected not in (None, before):
+                raise NotLiveError(str(expected), before)
             if before is not None and not log.tell():  # the first entry: what was live before it counts as well
                 log.write(_promotion(before, back=False, left=None))
             temporary.write_text(self.name + "\n", encoding="utf-8")

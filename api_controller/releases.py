@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import Annotated
 
 import psycopg
-from fastapi import APIRouter, BackgroundTasks, HTTPException, Query
+from fastapi import APIRouter, HTTPException, Query
 
 import release as releases
 from api_controller.access import ADMIN
@@ -38,9 +39,7 @@ async def every(service: ServiceDep) -> list[ReleaseAnswer]:
 
 
 @router.post("/{name}/live")
-async def promote(
-    name: ReleaseName, service: ServiceDep, later: BackgroundTasks, leaving: Leaving = None
-) -> ReleaseAnswer:
+async def promote(name: ReleaseName, service: ServiceDep, leaving: Leaving = None) -> ReleaseAnswer:
     """Make a release live. The next answer is its; nothing is restarted. Twice is the same as once."""
     store, recommender = service.parts()
     models_dir = service.settings.models_dir
@@ -51,11 +50,11 @@ async def promote(
         releases.promote(store, models_dir, name, text_encoder=recommender.text_encoder, expected=leaving)
         return described(service, name)
 
-    return await moved(service, recommender, work, later)
+    return await moved(service, recommender, work)
 
 
 @router.post("/rollback")
-async def rollback(service: ServiceDep, later: BackgroundTasks, leaving: Leaving = None) -> ReleaseAnswer:
+async def rollback(service: ServiceDep, leaving: Leaving = None) -> ReleaseAnswer:
     """Make live what was live before. Once more goes back one more, unless `from` names the release to leave: then twice is the
     same as once."""
     store, recommender = service.parts()
@@ -64,25 +63,28 @@ async def rollback(service: ServiceDep, later: BackgroundTasks, leaving: Leaving
     def work() -> ReleaseAnswer:
         return described(service, releases.rollback(store, models_dir, recommender.text_encoder, leaving))
 
-    return await moved(service, recommender, work, later)
+    return await moved(service, recommender, work)
 
 
-async def moved(
-    service: Service, recommender: Recommender, work: Callable[[], ReleaseAnswer], later: BackgroundTasks
-) -> ReleaseAnswer:
+async def moved(service: Service, recommender: Recommender, work: Callable[[], ReleaseAnswer]) -> ReleaseAnswer:
     """Move the pointer; 409 when that cannot be, 503 when it is not known whether it was. Products that the release does
     not know yet are indexed behind the answer."""
+
+    def work_to_the_end() -> ReleaseAnswer:
+        answer = work()
+        # Here, since a call that is answered by a 503 comes so far too. In a thread of its own: it takes long.
+        service.promotions.inc()
+        threading.Thread(target=catch_up, args=(recommender,), name="catch-up", daemon=True).start()
+        return answer
+
     try:
-        answer = await service.run(work)
+        return await service.run(work_to_the_end)
     except UserError as error:
         raise HTTPException(409, " ".join(str(error).split())) from error
     except HTTPException as error:
         if error.status_code != 503:
             raise
         raise unavailable(f"{error.detail}; {NOT_HEARD}") from error
-    service.promotions.inc()
-    later.add_task(catch_up, recommender)
-    return answer
 
 
 def catch_up(recommender: Recommender) -> None:

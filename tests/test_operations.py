@@ -363,12 +363,13 @@ def test_what_came_while_another_release_was_live_is_known_after_the_way_back(sh
         delete(store, shop.models_dir, "third")
 
 
-def test_a_rollback_that_says_what_it_leaves_is_done_once(shop, web, made):
+def test_a_rollback_that_says_what_it_leaves_is_done_once(shop, web, made, admin):
     """Somebody moves the pointer for longer than a call may take: nobody hears that it was done."""
     first = trained(shop)
     first.make_live()
     for name in ("sixth", "seventh"):
         twin(shop, name).make_live()
+    admin.put_products([RawProduct(product_id="late-7", title="Linen wrap dress", price=76543210.0)])
     headers = {"X-API-Key": made["admin"]}
 
     def asked(path: str) -> httpx.Response:
@@ -379,6 +380,10 @@ def test_a_rollback_that_says_what_it_leaves_is_done_once(shop, web, made):
     assert unheard.status_code == 503
     assert "GET /releases says which release is live" in unheard.json()["detail"]
     eventually(lambda: Release.current(shop.models_dir) == "sixth")
+    with Store.open(shop) as store:  # what came while the other one was live is indexed, though nobody heard
+        eventually(lambda: store.vectors.fetch("sixth", ["late-7"]).product_ids == ["late-7"])
+    # Another call that had read the pointer before it was moved comes second.
+    Release.open(shop.models_dir, "sixth").make_live(back=True, expected="seventh")
     for _ in range(2):
         again = asked("rollback?from=seventh")
         assert (again.status_code, again.json()["name"]) == (200, "sixth")
@@ -441,6 +446,8 @@ def test_the_client_reaches_every_route_of_its_own(shop, admin, made, web):
     assert admin.merge_session("by-client", "by-browser").moved == 1
     assert admin.user("by-client").events == {"purchase": 1, "view": 1}
     assert admin.forget_user("by-client").removed["events"] == 2
+    assert admin.add_events([Event(session_id="by-nobody", product_id=first, at=datetime.now(UTC))]).stored == 1
+    assert admin.forget_session("by-nobody").removed["events"] == 1
     assert admin.put_products([RawProduct(product_id="by-client", title="Sock")]).stored == 1
     assert admin.delete_products(["by-client", "ghost"]).unknown == ["ghost"]
     assert "styletower_requests_total" in admin.metrics()
