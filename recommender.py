@@ -156,7 +156,7 @@ class Recommender:
     def _warm_up(self, loaded: LoadedRelease) -> None:
         """Answer once for nobody, and read the trends: the first real request then finds everything in place, and the fallback is
         known."""
-        try:
+        with suppress(psycopg.Error):
             answer = self._answer(loaded, Request(k=FALLBACK_ITEMS, explain=False))
             fetched = self.store.vectors.fetch(loaded.name, [item.product_id for item in answer.items])
             items = {item.product_id: item for item in answer.items}
@@ -165,14 +165,12 @@ class Recommender:
                 self.store, fetched.product_ids, np.array([item.score for item in found]), fetched.vectors,
                 loaded.item_width, loaded.untouched_column,
             )  # fmt: skip
+            reasons = [general_reason("popular")]
+            self._popular = Popular(
+                [replace(found[row], score=0.0, stage="popular", reasons=reasons) for row in rows], ranked
+            )
             self.store.rules.live(DEFAULT)
-            self.lists.refresh()
-        except psycopg.Error:
-            return
-        reasons = [general_reason("popular")]
-        self._popular = Popular(
-            [replace(found[row], score=0.0, stage="popular", reasons=reasons) for row in rows], ranked
-        )
+            self.lists.refresh()  # last: a log that takes too long to read must not cost the fallback
 
     def rules(self, name: str) -> NamedRules | None:
         """The live rules of a name, or None when there are none; while the database is away those that were live last."""
@@ -436,28 +434,31 @@ class Recommender:
         All or none. Values that were refused are in quarantine too. A new RE word gets its id and, until the next training, a
         vector projected from its text. Without a live release the products wait for the next index.
         """
-        try:
-            live = self.live()
-        except UnavailableError:
-            return self._put_products(products, reader, [])
-        beside = [self.releases.named(name) for name in dict.fromkeys(releases)]
-        others = [release for release, warnings in beside if not warnings]
-        loaded = list({release.name: release for release in [live, *others]}.values())
+        loaded = self._answering(releases)
         try:
             put = self._put_products(products, reader, loaded)
         except psycopg.errors.UndefinedTable:  # an experiment was stopped and its release deleted, a moment ago
             there = [release for release in loaded if self.store.vectors.exists(release.name)]
-            if live not in there or len(there) == len(loaded):
+            if len(there) == len(loaded) or loaded[0] not in there:
                 raise
             for release in loaded:
                 if release not in there:
                     self.releases.note_gone(release.name)
             put = self._put_products(products, reader, there)
-        if (
-            self.live() not in loaded
-        ):  # it went live meanwhile, and whoever made it so may have caught up before the commit
+        # One may have gone live meanwhile, and whoever made it so have caught up before this was committed.
+        if any(release not in loaded for release in self._answering()):
             self.catch_up()
         return put
+
+    def _answering(self, beside: Sequence[str] = ()) -> list[LoadedRelease]:
+        """The live release, if there is one, and then those of the names `beside` that can answer."""
+        try:
+            live = self.live()
+        except UnavailableError:
+            return []
+        named = [self.releases.named(name) for name in dict.fromkeys(beside)]
+        others = [release for release, warnings in named if not warnings]
+        return list({release.name: release for release in [live, *others]}.values())
 
     def _put_products(
         self, products: Sequence[RawProduct], reader: LexiconReader, loaded: Sequence[LoadedRelease]

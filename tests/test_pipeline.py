@@ -8,6 +8,7 @@ import threading
 from dataclasses import replace
 
 import numpy as np
+import psycopg
 import pytest
 
 import build_index
@@ -296,6 +297,23 @@ def test_a_put_that_ends_after_another_release_went_live_is_in_that_one_too(new_
         assert store.vectors.fetch("second", ["p"]).product_ids == ["p"]
 
 
+def test_a_put_during_which_the_first_release_goes_live_is_in_that_one(new_shop, monkeypatch):
+    with new_shop() as shop, Store.open(shop) as store:
+        first = Release.open(shop.models_dir)
+        (shop.models_dir / "current").unlink()
+        recommender = Recommender(store, shop, TextEncoder.load(shop))
+        reader = extract_features.make_reader(extract_features.ReaderSettings(_env_file=None), store.cache)
+        put = recommender._put_products
+
+        def put_slowly(*given):
+            first.make_live()
+            return put(*given)
+
+        monkeypatch.setattr(recommender, "_put_products", put_slowly)
+        recommender.put_products([RawProduct(product_id="p", title="t")], reader)
+        assert store.vectors.fetch(first.name, ["p"]).product_ids == ["p"]
+
+
 def test_a_product_put_later_is_read_by_the_aliases_its_release_was_trained_with(new_shop):
     with new_shop() as shop, Store.open(shop) as store:
         file = Release.open(shop.models_dir).folder / "re_vocab.json"
@@ -442,6 +460,17 @@ def test_a_damaged_new_release_is_not_read_again_by_every_request(asked, monkeyp
     monkeypatch.setattr(Release, "open", damaged)
     assert {recommender.recommend(Request(k=1, now=NOW)).release for _ in range(3)} == {healthy}
     assert opened == ["broken"]
+
+
+def test_where_trends_take_too_long_to_read_the_popular_list_is_there_all_the_same(asked, monkeypatch):
+    store, recommender = asked
+
+    def too_long(*given):
+        raise psycopg.errors.QueryCanceled
+
+    monkeypatch.setattr(store.events, "trending", too_long)
+    answer = recommender.recommend(Request(kind="trending", k=5))
+    assert (answer.degraded, len(answer.items)) == (True, 5)
 
 
 def test_without_the_database_the_popular_list_answers_and_a_filter_cannot(asked):
