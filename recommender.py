@@ -123,15 +123,6 @@ class Popular:
     ranked: Ranked  # the same, for rules
 
 
-@dataclass(frozen=True)
-class Neighbour:
-    product_id: str
-    title: str
-    price: float | None
-    rank: int
-    score: float  # cosine
-
-
 class Recommender:
     """Answers requests with the live release. Safe to call from several threads."""
 
@@ -418,12 +409,11 @@ class Recommender:
         return self.live().allowed_values
 
     # ------------------------------------------------------------------------------------------------------------- items
-    def similar(self, product_id: str, k: int) -> list[Neighbour]:
+    def similar(self, product_id: str, k: int) -> Answer:
         """The `k` items nearest to one by cosine, itself left out, by the shop's rules. Raises as `recommend` does."""
-        answer = self.recommend(
+        return self.recommend(
             Request(kind="similar", product_id=product_id, k=k, explain=False, rules=self.rules(DEFAULT))
         )
-        return [Neighbour(item.product_id, item.title, item.price, item.rank, item.score) for item in answer.items]
 
     def put_products(
         self, products: Sequence[RawProduct], reader: LexiconReader, releases: Sequence[str] = ()

@@ -131,13 +131,19 @@ def _rules(
     return named, []
 
 
+def _count_rules(service: Service, used: pipeline.RulesUsed | None) -> None:
+    """Add to the metrics what rules did, or that they could not be read. Those that are only tried do not count."""
+    if used is None or used.version is None:
+        return
+    service.count_effects(used.effects)
+    if used.problem:
+        service.unread_rules.labels(used.name).inc()
+
+
 def _rules_used(service: Service, used: pipeline.RulesUsed | None) -> RulesUsedBody | None:
     if used is None:
         return None
-    if used.version is not None:
-        service.count_effects(used.effects)
-    if used.problem:
-        service.unread_rules.labels(used.name).inc()
+    _count_rules(service, used)
     effects = [EffectBody.model_construct(**vars(effect)) for effect in used.effects]
     return RulesUsedBody.model_construct(**{**vars(used), "effects": effects})
 
@@ -164,7 +170,8 @@ async def similar(
     """The items most like one, by cosine of their vectors."""
     _, recommender = service.parts()
     try:
-        found = await service.run(lambda: recommender.similar(product_id, k))
+        answer = await service.run(lambda: recommender.similar(product_id, k))
     except UnknownProductError as error:
         raise HTTPException(404, f"no product {product_id!r} in the live release") from error
-    return [NeighbourBody(**vars(neighbour)) for neighbour in found]
+    _count_rules(service, answer.rules)
+    return [NeighbourBody.model_validate(item, from_attributes=True) for item in answer.items]

@@ -219,7 +219,7 @@ def test_similar_is_the_same_for_everybody_and_what_the_product_page_shows(asked
     assert answer.kind == "similar"
     assert answer.anchor.product_id == product_id
     assert product_id not in ids(answer)
-    assert ids(answer) == [neighbour.product_id for neighbour in recommender.similar(product_id, 10)]
+    assert ids(answer) == ids(recommender.similar(product_id, 10))
     told = replace(Request(kind="similar", product_id=product_id, k=10, now=NOW), context="wedding")
     assert ids(recommender.recommend(told)) == ids(answer)
     reason = answer.items[0].reasons[0]
@@ -229,10 +229,10 @@ def test_similar_is_the_same_for_everybody_and_what_the_product_page_shows(asked
 def test_the_product_page_obeys_the_live_rules(asked):
     store, recommender = asked
     product_id = store.events.read().product_ids[0]
-    plain = [neighbour.product_id for neighbour in recommender.similar(product_id, 3)]
+    plain = ids(recommender.similar(product_id, 3))
     pin = RuleSet.model_validate([{"kind": "pin", "product_id": plain[2], "place": 1}])
     store.rules.put(DEFAULT, pin, "", "", live=True)
-    pinned = [neighbour.product_id for neighbour in recommender.similar(product_id, 3)]
+    pinned = ids(recommender.similar(product_id, 3))
     store.rules.put(DEFAULT, RuleSet([]), "", "", live=True)
     assert pinned == [plain[2], plain[0], plain[1]]
 

@@ -217,7 +217,7 @@ def test_a_new_product_with_a_new_word_is_found_at_once(asked, shop):
     assert "zigzagcore" in store.products.get("brand-new").product.re["style"]
     # Read once is enough: the next extract_features.py leaves it alone.
     assert store.products.origins()["brand-new"] == extract_features.fingerprints([new], store.schema(), reader)[0]
-    near = [neighbour.product_id for neighbour in recommender.similar(twin.product_id, 10)]
+    near = [item.product_id for item in recommender.similar(twin.product_id, 10).items]
     assert "brand-new" in near
     # Another worker, with its own copy of the release, meets the new word in what the database returns.
     other = Recommender(store, shop, TextEncoder.load(shop))

@@ -315,7 +315,8 @@ def test_rules_that_this_program_cannot_read_are_skipped_and_everybody_is_told(n
             assert "of_another_version" in answer["rules"]["problem"]
             assert [warning for warning in answer["warnings"] if "cannot be read and was not applied" in warning]
             assert 'styletower_unread_rules_total{name="default"} 1.0' in client.get("/metrics").text
-            assert client.get(f"/items/{plain[0]}/similar").status_code == 200
+            assert client.get(f"/items/{plain[0]}/similar").status_code == 200  # a bare list: only /metrics can say it
+            assert 'styletower_unread_rules_total{name="default"} 2.0' in client.get("/metrics").text
             listed = client.get("/rules").json()["versions"]
             assert [(one["version"], one["live"], one["problem"]) for one in listed] == [
                 (1, True, answer["rules"]["problem"])
