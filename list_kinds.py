@@ -50,6 +50,7 @@ CLOCK_SKEW = 3600.0  # seconds that a sender's clock may be ahead; later events 
 PURCHASES = 500  # distinct products of one shopper, the latest
 REPEATS = 200_000  # the latest purchases, that intervals are learned from
 REPEATS_SECONDS = 3600.0  # for so long they are not learned again
+REPEATS_PATIENCE = 2.0  # times as long until a request learns them itself, since nobody did behind it
 # Until a shop sees something bought again.
 DEFAULT_INTERVAL_DAYS = 90.0
 
@@ -155,7 +156,7 @@ class ListKinds:
         self.store, self.settings = store, settings
         self.kind_weights = {**KIND_WEIGHTS, **settings.event_weights}  # others are OTHER_KIND_WEIGHT
         self._trending: _Aged[dict[str, float]] = _Aged(TRENDING_SECONDS)
-        self._intervals: _Aged[dict[str | None, float]] = _Aged(REPEATS_SECONDS)
+        self._intervals: _Aged[dict[str | None, float]] = _Aged(REPEATS_PATIENCE * REPEATS_SECONDS)
 
     # -------------------------------------------------------------------------------------------------------------- plans
     def plan(self, loaded: LoadedRelease, request: Request, state: UserState, now: float) -> Plan:
@@ -387,12 +388,14 @@ class ListKinds:
     def refresh(self) -> None:
         """Read what lists of kind "trending" and "again" take long to read, so that no request has to."""
         self._trending.renew(self._settled)
-        self.intervals()
+        self._intervals.renew(self._repeats, REPEATS_SECONDS)
 
     def intervals(self) -> dict[str | None, float]:
-        """Median days until the same product is bought again, by category and (None) of all, learned once an hour."""
-        field = self.settings.list_category_field
-        return self._intervals.get(lambda _: self.store.events.repeat_intervals(field, REPEATS))[1]
+        """Median days until the same product is bought again, by category and (None) of all."""
+        return self._intervals.get(self._repeats)[1]
+
+    def _repeats(self, made: float) -> dict[str | None, float]:
+        return self.store.events.repeat_intervals(self.settings.list_category_field, REPEATS)
 
 
 def interval_days(bought: Purchases, intervals: Mapping[str | None, float]) -> float:
@@ -455,9 +458,11 @@ class _Aged(Generic[Value]):
                 self._kept = (now, make(now))
             return self._kept
 
-    def renew(self, make: Callable[[float], Value]) -> None:
-        """Make it again, however young it is. Nobody waits meanwhile while there is one that is young enough."""
+    def renew(self, make: Callable[[float], Value], seconds: float = 0.0) -> None:
+        """Make it again unless it is younger than `seconds`. Nobody waits meanwhile while there is one that is young enough."""
         now = time.time()
+        if self._kept is not None and 0.0 <= now - self._kept[0] < seconds:
+            return
         fresh = now, make(now)
         with self._lock:
             self._kept = fresh

@@ -393,6 +393,21 @@ def test_the_whole_log_is_read_before_the_first_request_and_by_a_refresh_and_by_
         assert recommender.recommend(Request(kind="trending", k=1)).items[0].product_id == old
 
 
+def test_intervals_are_learned_once_an_hour_behind_the_requests(store, settings, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(store.events, "repeat_intervals", lambda field, limit: {None: clock[0]})
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    lists = ListKinds(store, settings)
+    for now, learned in ((1000.0, 1000.0), (4599.0, 1000.0), (4601.0, 4601.0)):
+        clock[0] = now
+        lists.refresh()
+        assert lists.intervals() == {None: learned}
+    clock[0] = 8301.0  # due, and no request learns them
+    assert lists.intervals() == {None: 4601.0}
+    lists.refresh()
+    assert lists.intervals() == {None: 8301.0}
+
+
 def test_what_is_wanted_now_trends_at_once_in_its_category_and_the_rest_follows(asked):
     store, recommender = asked
     of = categories(store)
