@@ -147,11 +147,12 @@ def search_width(
 def check_not_worse(
     store: Store, shop: ShopData, release: Release, options: IndexOptions, text_encoder: TextEncoder
 ) -> None:
-    """Raises WorseError when the live release foresees the same events better than this one by more than the margin. A live one
-    that cannot be compared keeps nobody out, and that is said."""
+    """Raises WorseError when the live release foresees the same events better than this one by more than the margin, UserError
+    when this one is damaged. A live one that cannot be compared keeps nobody out, and that is said."""
     name = Release.current(options.models_dir)
     if name is None or name == release.name or name not in Release.names(options.models_dir):
         return
+    release.check_files()  # or it would pass for a live one that cannot be compared
     try:
         comparison = compare(store, shop, release, Release.open(options.models_dir, name), text_encoder)
     except UserError as error:

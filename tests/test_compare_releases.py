@@ -116,3 +116,11 @@ def test_a_live_release_that_cannot_be_judged_keeps_nobody_out_and_that_is_said(
     index(shop, margin=0.0)
     assert Release.current(shop.models_dir) == "newer"
     assert "is not compared with the live" in capsys.readouterr().out
+
+
+def test_a_new_release_that_cannot_be_judged_stays_out(shop):
+    live = Release.current(shop.models_dir)
+    (newer(shop).folder / USER_TOWER_HOLDOUT).write_bytes(b"")
+    with pytest.raises(UserError, match=f"{USER_TOWER_HOLDOUT} is missing or not the file"):
+        index(shop, margin=1.0)
+    assert Release.current(shop.models_dir) == live
