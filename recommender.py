@@ -39,6 +39,7 @@ from vocab import UNKNOWN
 
 CANDIDATES = 100  # that retrieval hands to the reranker
 FALLBACK_ITEMS = 200  # popular items kept in memory for when the database is away
+REHEARSED = 20  # items that somebody met for whom nobody waits
 CONTEXT_CACHE = 10_000  # context texts whose vectors are remembered
 AWAY_SECONDS = 1.0  # for so long after a failure nobody waits for a database that is known to be away
 # Products embedded and indexed at once when catching up: whoever puts one of them waits so long.
@@ -162,6 +163,11 @@ class Recommender:
             )
             self.store.rules.live(DEFAULT)
             self.lists.refresh()  # last: a log that takes too long to read must not cost the fallback
+
+    def rehearse(self) -> None:
+        """Answer as if for somebody who met some popular items, and forget it."""
+        met = [item.product_id for item in self._popular.items[:REHEARSED]]
+        self.recommend(Request(history=met, explain=False))
 
     def rules(self, name: str) -> NamedRules | None:
         """The live rules of a name, or None when there are none; while the database is away those that were live last."""

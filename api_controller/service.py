@@ -33,6 +33,7 @@ from text_encoder import TextEncoder
 log = logging.getLogger("styletower")
 LEXICON = Path(__file__).parent.parent / "lexicon.json"
 THREADS = 4
+REHEARSALS = 6  # of each thread: a connection prepares a statement when it is asked for the sixth time
 MAX_WAITING = 64  # requests in the pool's queue; beyond, 503 at once
 REQUEST_SECONDS = 5.0
 RETRY_SECONDS = 2.0  # between attempts to open what was missing at the start
@@ -56,6 +57,7 @@ class Service:
         self.reader: LexiconReader | None = None
         self.impressions: ImpressionLog | None = None
         self._experiment: tuple[float, Experiment | None] = (0.0, None)  # good until, of time.monotonic()
+        self.rehearsed = False
         self.problem = "starting"
         self.opening = threading.Lock()
         self.registry = CollectorRegistry()
@@ -98,8 +100,15 @@ class Service:
                 encoder = TextEncoder.load(self.settings)
                 self.reader = LexiconReader(Lexicon.load(LEXICON))
                 self.recommender = pipeline.Recommender(self.store, self.settings, encoder)
-        self.recommender.live()
-        self.running_experiment()  # known before the first request
+            self.recommender.live()
+            self.running_experiment()  # known before the first request
+            if not self.rehearsed:
+                list(self.pool.map(lambda _: self._rehearse(), range(THREADS * REHEARSALS)))
+                self.rehearsed = True
+
+    def _rehearse(self) -> None:
+        assert self.recommender is not None
+        self.recommender.rehearse()
 
     def check(self) -> str:
         """Why nothing can be answered; empty when ready. Retries what was missing."""

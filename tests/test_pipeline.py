@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -486,3 +487,27 @@ def test_without_the_database_the_popular_list_answers_and_a_filter_cannot(asked
     assert first not in [item.product_id for item in recommender.recommend(Request(history=[first], k=5)).items]
     again = recommender.recommend(Request(history=[first], exclude_history=False, k=5))
     assert again.items[0].product_id == first
+
+
+def test_a_list_costs_two_round_trips_and_each_model_once(asked, monkeypatch):
+    """What a request costs must not grow unseen: reasons take two round trips more, and one pass of the user tower."""
+    store, recommender = asked
+    user = store.events.read().user_ids[0]
+    loaded = recommender.live()
+    counts: Counter[str] = Counter()
+
+    def counted(name, call):
+        def wrapper(*args, **kwargs):
+            counts[name] += 1
+            return call(*args, **kwargs)
+
+        return wrapper
+
+    monkeypatch.setattr(store.pool, "connection", counted("round trips", store.pool.connection))
+    monkeypatch.setattr(loaded.user_tower, "forward", counted("user tower", loaded.user_tower.forward))
+    monkeypatch.setattr(loaded.reranker, "forward", counted("reranker", loaded.reranker.forward))
+    for explain, round_trips, passes in ((False, 2, 1), (True, 4, 2)):
+        counts.clear()
+        answer = recommender.recommend(Request(user, k=20, now=NOW, explain=explain))
+        assert answer.plan == "hnsw"
+        assert counts == {"round trips": round_trips, "user tower": passes, "reranker": 1}
