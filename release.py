@@ -414,6 +414,8 @@ def rollback(
 ) -> str:
     """Make live what was live before; returns its name. With `expected`, the release to leave, it is done once, however often it is
     asked for. Raises UserError when there is nothing to go back to, NotLiveError when another than `expected` is live."""
+    if not models_dir.is_dir():
+        raise UserError(f"there is no folder {models_dir}; MODELS_DIR says where the releases are")
     with _promotions(models_dir):  # the pointer and the log of one moment
         live, moves = Release.current(models_dir), _moves(models_dir)
         name = Release.previous(models_dir)

@@ -184,6 +184,13 @@ def test_the_way_back_goes_one_release_further_each_time(tmp_path):
     assert Release.previous(tmp_path) == "a"
 
 
+def test_there_is_no_way_back_where_nothing_ever_was(tmp_path):
+    with pytest.raises(UserError, match="MODELS_DIR says where"):
+        releases.rollback(None, tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no release that was live before"):
+        releases.rollback(None, tmp_path)
+
+
 def test_a_release_that_was_deleted_is_passed_over_on_the_way_back(tmp_path):
     for name in ("a", "b", "c"):
         complete(tmp_path, name).make_live()
