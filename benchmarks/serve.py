@@ -36,7 +36,7 @@ from pydantic import Field
 from api_controller.schemas import ItemBody, ReasonBody, RecommendAnswer, RecommendBody
 from benchmarks import big_shop
 from benchmarks.big_shop import DEAREST, RELEASE, SHOPPERS, base_shop, open_shop
-from benchmarks.performance import Row, save
+from benchmarks.performance import FLOOR, Row, save
 from build_index import index_recall
 from release import Release
 from results import commit
@@ -311,7 +311,8 @@ def measure(
             ("HTTP", http), ("SQL of a shopper", sql_user), ("SQL of candidates", sql_items), ("user tower", tower),
             ("reranker", reranker),
         ):  # fmt: skip
-            note(f"floor: {name}, ms", value)
+            note(f"{FLOOR}{name}, ms", value)
+        note("floor of an answer, ms", floor)
 
         with serving("api_controller.app:app", environment) as (server, address, ready):
             first = ask(address, bodies(20, 2, explain=False))
@@ -341,8 +342,8 @@ def measure(
             most = asker.submit(at_once, address, load, options.seconds).result()
             note("throughput, answers a second", most)
             waited = 1000 * np.array(asker.submit(at_moments, address, load, most / 2, options.seconds).result())
-            note("p50 at half of that, ms", float(np.percentile(waited, 50)))
-            note("p99 at half of that, ms", float(np.percentile(waited, 99)), float(np.percentile(waited, 50)))
+            note("p50 at half the throughput, ms", float(np.percentile(waited, 50)))
+            note("p99 at half the throughput, ms", float(np.percentile(waited, 99)), float(np.percentile(waited, 50)))
             note("memory of a worker, MB", _memory([server]))
             note("memory of PostgreSQL, MB", _memory(_postgres(settings.data_dir)))
     return figures
