@@ -194,9 +194,8 @@ def main(options: IndexOptions) -> None:
         links = shop.links(shop.now)
         queries = queries_of_shoppers(shop, release, links, FITTED_QUERIES + CHECKED_QUERIES)
         fitted = min(FITTED_QUERIES, (len(queries) + 1) // 2)
-        untouched = release.user_tower().config.untouched_column
+        untouched = shop.vectors.shape[1] + shop.popularity.width - 1  # UserTowerConfig.untouched_column
         space = SearchSpace.fit(rows, queries[:fitted], untouched)
-        release.save_weights(SEARCH_SPACE, space)
         table = store.vectors.begin(release.name, rows.shape[1])
         ids = shop.items.product_ids
 
@@ -218,6 +217,8 @@ def main(options: IndexOptions) -> None:
             "index", items=len(ids), dimensions=rows.shape[1], ef_search=ef_search, recall=recall,
             seconds=time.monotonic() - started, options=options.model_dump(mode="json", exclude={"database_url"}),
         )  # fmt: skip
+        # Last, with the rows in place: by this file workers see that a release was indexed anew.
+        release.save_weights(SEARCH_SPACE, space)
         store.releases.record(release.name, release.manifest)
         found = f"recall@{CHECKED_AT} of the index {recall:.4f} at ef_search {ef_search}"
         print(f"release {release.name}: {len(ids)} items indexed, {found}")

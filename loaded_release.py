@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from release import ItemEncoder, Release
+from release import SEARCH_SPACE, ItemEncoder, Release
 from settings import UserError
 from store import Store
 from tensors import PriceScale
@@ -33,6 +33,8 @@ class LoadedRelease:
 
     def __init__(self, release: Release, text_encoder: TextEncoder) -> None:
         self.name = release.name
+        self._space_file = release.folder / SEARCH_SPACE
+        self._indexed_at = self._space_written_at()  # before the rest is read: what changes meanwhile is noticed
         self.encoder = ItemEncoder(release, text_encoder)
         self.user_tower = release.user_tower()
         self.link_weights = self.user_tower.link_weights.tolist()
@@ -48,6 +50,18 @@ class LoadedRelease:
             field_name: {normalise(value): value for value in values}
             for field_name, values in release.schema().std.items()
         }
+
+    @property
+    def is_current(self) -> bool:
+        """Not so once the release was indexed anew: its items lie elsewhere then, and queries by the space of before find few."""
+        return self._space_written_at() in (self._indexed_at, None)
+
+    def _space_written_at(self) -> int | None:
+        """Nanoseconds; None if the file is gone, as of a release that was deleted."""
+        try:
+            return self._space_file.stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
 
     @property
     def item_width(self) -> int:
@@ -92,19 +106,20 @@ class LoadedReleases:
         self._damaged: dict[str, tuple[float, str]] = {}  # until when (time.monotonic()), and why
 
     def live(self) -> LoadedRelease:
-        """The live release, reloaded when the pointer has moved. Raises UnavailableError when nothing is live."""
+        """The live release, reloaded when the pointer has moved or it was indexed anew. Raises UnavailableError when nothing is
+        live."""
         name = Release.current(self.models_dir)
         loaded = self._live
-        if loaded is not None and loaded.name == name:
+        if loaded is not None and loaded.name == name and loaded.is_current:
             return loaded
         if name is None:
             raise UnavailableError("no release is live yet; run build_index.py")
         with self.lock:
             if self._live is not None and time.monotonic() < self._damaged.get(name, (0.0, ""))[0]:
                 return self._live
-            if self._live is None or self._live.name != name:
+            if self._live is None or self._live.name != name or not self._live.is_current:
                 try:
-                    fresh = self._others.pop(name, None) or LoadedRelease(
+                    fresh = self._taken_out(name) or LoadedRelease(
                         Release.open(self.models_dir, name), self.text_encoder
                     )
                 except UserError as error:
@@ -125,7 +140,7 @@ class LoadedReleases:
             until, why = self._damaged.get(name, (0.0, ""))
             if time.monotonic() >= until:
                 try:
-                    loaded = self._others.pop(name, None) or self._load(name)
+                    loaded = self._taken_out(name) or self._load(name)
                 except UserError as error:
                     why = self._note_damaged(name, str(error))
                 else:
@@ -134,6 +149,11 @@ class LoadedReleases:
                         del self._others[next(iter(self._others))]
                     return loaded, []
         return live, [f"release {name!r} cannot be used, the live one answers: {why}"]
+
+    def _taken_out(self, name: str) -> LoadedRelease | None:
+        """Of those beside the live one, if it is there and as it was."""
+        loaded = self._others.pop(name, None)
+        return loaded if loaded is not None and loaded.is_current else None
 
     def _load(self, name: str) -> LoadedRelease:
         """A release that answers beside the live one. Raises UserError when it cannot."""

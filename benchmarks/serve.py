@@ -30,7 +30,7 @@ import numpy as np
 import orjson
 import psutil
 import torch
-from pgvector.psycopg import register_vector
+from fastapi import FastAPI
 from pydantic import Field
 
 from api_controller.schemas import ItemBody, ReasonBody, RecommendAnswer, RecommendBody
@@ -117,12 +117,12 @@ def _ask(client: httpx.Client, body: bytes) -> float:
 
 # ------------------------------------------------------------------------------------------------------------- servers
 @contextmanager
-def serving(app: str, environment: dict[str, str]) -> Iterator[tuple[psutil.Process, str, float]]:
+def serving(app: str, environment: dict[str, str], *arguments: str) -> Iterator[tuple[psutil.Process, str, float]]:
     """A server process, its address, and how long it took until it was ready."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "uvicorn", app, "--port", str(port), "--log-level", "error"]
+    command = [sys.executable, "-m", "uvicorn", app, "--port", str(port), "--log-level", "error", *arguments]
     started = time.perf_counter()
     process = subprocess.Popen(command, env={**os.environ, **environment})
     address = f"http://127.0.0.1:{port}"
@@ -160,20 +160,8 @@ def _memory(processes: Sequence[psutil.Process]) -> float:
 
 
 # -------------------------------------------------------------------------------------------------------------- floors
-async def echo(scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]) -> None:
-    """The cheapest service that reads such a request and answers as much: see `_echo`."""
-    global _echo_app
-    if _echo_app is None:
-        _echo_app = _echo()
-    await _echo_app(scope, receive, send)
-
-
-_echo_app: Any = None
-
-
-def _echo() -> Any:
-    from fastapi import FastAPI
-
+def echo() -> FastAPI:
+    """The cheapest service that reads such a request and answers as much."""
     app = FastAPI()
     reason = ReasonBody(kind="history", weight=1.0, text={"en": "you viewed it", "ko": "보셨어요"})
     items = [
@@ -199,12 +187,12 @@ def _echo() -> Any:
     return app
 
 
-def sql_floors(store: Store, loaded: Release, queries: np.ndarray) -> tuple[float, float]:
+def sql_floors(store: Store, release: Release, queries: np.ndarray) -> tuple[float, float]:
     """Median milliseconds of a shopper's latest events with their items' rows, and of 100 nearest items with their features, each
     one prepared statement on a connection of its own."""
     table = table_of(RELEASE).as_string(None)
-    ef_search = loaded.manifest["index"]["ef_search"]
-    space = loaded.search_space()
+    ef_search = release.manifest["index"]["ef_search"]
+    space = release.search_space()
     shopper = (
         "SELECT product_id, kind, at, vector_send(vector), array_send(std_ids), array_send(re_ids), price FROM events"
         f" JOIN {table} USING (product_id) JOIN products USING (product_id) WHERE user_id = %b ORDER BY at DESC LIMIT 30"
@@ -215,7 +203,6 @@ def sql_floors(store: Store, loaded: Release, queries: np.ndarray) -> tuple[floa
         " JOIN products USING (product_id)"
     )
     with store.pool.connection() as connection:
-        register_vector(connection)
         connection.execute(f"SET hnsw.ef_search = {ef_search}")
         connection.execute("SET enable_seqscan = off")
         with connection.cursor(binary=True) as cursor:
@@ -301,7 +288,7 @@ def measure(
         note("hnsw.ef_search", ef_search)
         note("index build, s", release.manifest["index"]["seconds"])
 
-        with serving("benchmarks.serve:echo", {}) as (_, address, _):
+        with serving("benchmarks.serve:echo", {}, "--factory") as (_, address, _):
             ask(address, bodies(WARM_UP, 0))
             http = float(np.median(ask(address, bodies(options.requests, 1))))
         sql_user, sql_items = sql_floors(store, release, queries)

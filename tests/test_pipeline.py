@@ -511,3 +511,15 @@ def test_a_list_costs_two_round_trips_and_each_model_once(asked, monkeypatch):
         answer = recommender.recommend(Request(user, k=20, now=NOW, explain=explain))
         assert answer.plan == "hnsw"
         assert counts == {"round trips": round_trips, "user tower": passes, "reranker": 1}
+
+
+def test_a_release_that_is_indexed_anew_is_read_anew(new_shop):
+    """Its items lie elsewhere then, and a query by the space of before finds the wrong ones."""
+    with new_shop() as shop, Store.open(shop) as store:
+        recommender = Recommender(store, shop, TextEncoder.load(shop))
+        before = recommender.live()
+        assert recommender.live() is before
+        build_index.main(build_index.IndexOptions(**shop.model_dump()))
+        after = recommender.live()
+        assert after is not before
+        assert recommender.live() is after
