@@ -8,6 +8,7 @@ are as published with these splits and not tuned (the libraries' are: benchmarks
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import tempfile
@@ -222,12 +223,13 @@ PEER_SCRIPTS: dict[str, tuple[Path | str, ...]] = {  # a script and its argument
 
 
 def peer_lists(
-    python: Path, script: tuple[Path | str, ...], split: Split, user_ids: Sequence[str], count: int
+    python: Path, script: tuple[Path | str, ...], split: Split, user_ids: Sequence[str], count: int, answers: Path
 ) -> list[list[str]] | None:
     """What a library recommends to `user_ids`, `count` products each; None when one of them has no history.
 
-    The script runs in the environment of `python`, and is told and answers by files (benchmarks/peers/tuning.py). Raises UserError
-    when it fails.
+    The script runs in the environment of `python`, and is told and answers by files (benchmarks/peers/tuning.py). To tune one can
+    take an hour, so its answer stays in the folder `answers`: as long as neither the question nor a file beside the script
+    changes, it is not asked again. Raises UserError when it fails.
     """
     histories = split.histories
     number_of = {user_id: number for number, user_id in enumerate(histories.user_ids)}
@@ -237,21 +239,39 @@ def peer_lists(
     order = np.lexsort((np.random.default_rng(0).permutation(len(histories.at)), histories.at))
     has_attribute = _columns(_attributes(split.products), analyzer=lambda row: row, use_idf=False, min_df=2)
     attribute_item, attribute = has_attribute.nonzero()
-    with tempfile.TemporaryDirectory() as name:
-        question, answer = Path(name) / "question.npz", Path(name) / "answer.npz"
-        np.savez(
-            question, user=histories.user[order].astype(np.int64), item=histories.item[order].astype(np.int64),
-            at=histories.at[order], shape=(len(histories.user_ids), len(split.product_ids)), count=count,
-            judged=np.array([number_of[user_id] for user_id in user_ids]),
-            attribute_item=attribute_item.astype(np.int64), attribute=attribute.astype(np.int64),
-        )  # fmt: skip
-        command = [python, script[0], question, answer, *script[1:]]
-        try:
-            subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise UserError(
-                f"{Path(script[0]).name} did not run: {error}; --peers takes the python of an environment with "
-                f"{PEERS / 'requirements.txt'}"
-            ) from error
-        with np.load(answer) as found:
-            return [[split.product_ids[item] for item in row if item >= 0] for row in found["lists"]]
+    asked = {
+        "user": histories.user[order].astype(np.int64), "item": histories.item[order].astype(np.int64),
+        "at": histories.at[order], "shape": np.array([len(histories.user_ids), len(split.product_ids)]),
+        "count": np.array(count), "judged": np.array([number_of[user_id] for user_id in user_ids]),
+        "attribute_item": attribute_item.astype(np.int64), "attribute": attribute.astype(np.int64),
+    }  # fmt: skip
+    path, *arguments = script
+    answers.mkdir(parents=True, exist_ok=True)
+    answer = answers / f"{'-'.join([Path(path).stem, *map(str, arguments)])}-{_digest(asked, Path(path).parent)}.npz"
+    if not answer.exists():
+        with tempfile.TemporaryDirectory(dir=answers) as name:
+            question, written = Path(name) / "question.npz", Path(name) / "answer.npz"
+            np.savez(question, **asked)  # type: ignore[arg-type]
+            command = [python, path, question, written, *arguments]
+            try:
+                subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+            except (OSError, subprocess.CalledProcessError) as error:
+                raise UserError(
+                    f"{Path(path).name} did not run: {error}; --peers takes the python of an environment with "
+                    f"{PEERS / 'requirements.txt'}"
+                ) from error
+            written.replace(answer)  # whole, or not at all
+    with np.load(answer) as found:
+        return [[split.product_ids[item] for item in row if item >= 0] for row in found["lists"]]
+
+
+def _digest(asked: dict[str, np.ndarray], folder: Path) -> str:
+    """Of a question, and of the scripts and requirements in the folder that answers it."""
+    digest = hashlib.sha256()
+    for name, array in asked.items():
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    for path in sorted(folder.glob("*.py")) + sorted(folder.glob("*.txt")):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -190,7 +190,9 @@ def main(options: EvaluateOptions) -> None:
                 lists[name, "retrieval"] = found
     if options.peers:
         for name, script in PEER_SCRIPTS.items():
-            found = peer_lists(options.peers, script, split, [case.user_id for case in cases], RETRIEVED)
+            found = peer_lists(
+                options.peers, script, split, [case.user_id for case in cases], RETRIEVED, options.data_dir / "peers"
+            )
             if found is not None:
                 lists[name, "retrieval"] = found
 

@@ -246,18 +246,34 @@ np.savez(sys.argv[2], lists=lists)
 def test_a_library_in_its_own_environment_is_told_and_answers_by_files(five, tmp_path):
     script = tmp_path / "peer.py"
     script.write_text(PEER)
-    python = Path(sys.executable)
-    assert peer_lists(python, (script, "last"), five, ["u4", "u1"], 4) == [["A", "B", "C", "E"], ["D", "E"]]
-    assert peer_lists(python, (script, "last"), five, ["u4", "stranger"], 4) is None
+    python, answers = Path(sys.executable), tmp_path / "answers"
+    assert peer_lists(python, (script, "last"), five, ["u4", "u1"], 4, answers) == [["A", "B", "C", "E"], ["D", "E"]]
+    assert peer_lists(python, (script, "last"), five, ["u4", "stranger"], 4, answers) is None
+
+
+def test_a_library_is_asked_again_only_if_question_or_script_changed(five, tmp_path):
+    script, answers = tmp_path / "peer.py", tmp_path / "answers"
+    script.write_text(PEER)
+    nowhere = tmp_path / "python"  # whoever asks again fails
+    first = peer_lists(Path(sys.executable), (script, "last"), five, ["u4"], 4, answers)
+    assert peer_lists(nowhere, (script, "last"), five, ["u4"], 4, answers) == first
+    for users, count in ((["u1"], 4), (["u4"], 3)):
+        with pytest.raises(UserError, match="did not run"):
+            peer_lists(nowhere, (script, "last"), five, users, count, answers)
+    script.write_text(PEER + "# tuned otherwise")
+    with pytest.raises(UserError, match="did not run"):
+        peer_lists(nowhere, (script, "last"), five, ["u4"], 4, answers)
+    assert len(list(answers.iterdir())) == 1
 
 
 def test_a_library_that_fails_is_named_with_what_to_do(five, tmp_path):
     script = tmp_path / "peer.py"
     script.write_text("raise SystemExit(3)")
     with pytest.raises(UserError, match=r"peer\.py did not run.*status 3.*requirements\.txt"):
-        peer_lists(Path(sys.executable), (script,), five, ["u1"], 4)
+        peer_lists(Path(sys.executable), (script,), five, ["u1"], 4, tmp_path / "answers")
     with pytest.raises(UserError, match=r"did not run.*No such file"):
-        peer_lists(tmp_path / "python", (script,), five, ["u1"], 4)
+        peer_lists(tmp_path / "python", (script,), five, ["u1"], 4, tmp_path / "answers")
+    assert list((tmp_path / "answers").iterdir()) == []
 
 
 def test_ties_at_the_end_of_a_long_list_go_by_product_order():

@@ -112,7 +112,7 @@ def test_the_answer_is_of_a_fit_on_everything_up_to_the_chosen_stage(tmp_path, m
     "TEST_PEERS" not in os.environ, reason="TEST_PEERS does not name the python of the peers' environment"
 )
 @pytest.mark.parametrize("name", PEER_SCRIPTS)
-def test_every_library_completes_a_checkerboard(name):
+def test_every_library_completes_a_checkerboard(name, tmp_path):
     """Shoppers of even number take even items, all but one; that one is right for each, and nothing else is as likely."""
     products = [
         Product(product_id=f"{i:02}", title="x", std={"colour": ["black", "white"][i % 2 : i % 2 + 1]})
@@ -125,7 +125,8 @@ def test_every_library_completes_a_checkerboard(name):
         own = [item for item in range(shopper % 2, 20, 2) if item != left_out]
         events += [(f"{shopper:03}", f"{item:02}", float(day)) for day, item in enumerate(random.permutation(own))]
     split = replace(split_of(events, products), cut=0.0)
-    lists = peer_lists(Path(os.environ["TEST_PEERS"]), PEER_SCRIPTS[name], split, split.histories.user_ids, 1)
+    peers = Path(os.environ["TEST_PEERS"])
+    lists = peer_lists(peers, PEER_SCRIPTS[name], split, split.histories.user_ids, 1, tmp_path)
     assert lists is not None
     right = [f"{2 * (shopper // 2 % 10) + shopper % 2:02}" for shopper in range(120)]
     assert np.mean([found == [item] for found, item in zip(lists, right, strict=True)]) > 0.9
