@@ -14,10 +14,9 @@ from store.rules import RulesTurn, RulesVersion, UnreadableRulesError
 from store.sessions import SessionTakenError
 from store.tombstones import LONGEST_WAIT
 from store.users import UserState, UserSummary
-from store.vectors import EXACT_LIMIT, Filters, Found, Hide, History, ItemRows
+from store.vectors import Filters, Found, Hide, History, ItemRows
 
 __all__ = [
-    "EXACT_LIMIT",
     "LONGEST_WAIT",
     "Alias",
     "ApiKey",

@@ -5,6 +5,7 @@ Each release has a table of its own, so that a release is built beside the live 
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -25,9 +26,10 @@ from psycopg_pool import ConnectionPool
 from conditions import ArrivalRange, Condition, InStock, OfArrival, OfPrice, OfStd, PriceRange, moment
 from store.conditions import condition_sql
 
-# A filter that keeps at most this many products is answered exactly: up to here a full sort costs no more than an
-# iterative index scan, and its recall is 1.
-EXACT_LIMIT = 10_000
+# Scoring all that a filter keeps costs as much as it keeps. The index instead meets the more before it has enough, the fewer of its
+# items pass: `limit * items / kept` in each of its parts. The costs are equal at about this many times sqrt(limit * items); what
+# keeps fewer is answered exactly.
+EXACT_FACTOR = 2.2
 # Counting up to that bound takes longer than an index search, so it is left out when the planner's estimate is this
 # many times above it.
 ESTIMATE_MARGIN = 2
@@ -48,54 +50,11 @@ BINARY = sql.SQL("vector_send(vector), array_send(std_ids), array_send(re_ids)")
 _MET = sql.SQL("(SELECT product_id FROM events WHERE user_id = %(met_by)s::text)")
 _MET_SO = sql.SQL("(SELECT product_id FROM events WHERE user_id = %(met_by)s::text AND ({}))")
 
-# One index scan a part. What is found there is ordered by the rows themselves, which are exact; the index holds half precision.
-# Of UNTOUCHED products the best `new` are there too, however far behind the others they are.
-_HNSW = sql.SQL("""
-    WITH near AS MATERIALIZED ({parts}), scored AS MATERIALIZED (
-        SELECT *, -(vector <#> %(query)b) AS score FROM near
-    ), ranked AS (
-        SELECT *, row_number() OVER (ORDER BY score DESC, product_id) AS place,
-            row_number() OVER (PARTITION BY part ORDER BY score DESC, product_id) AS place_in_part
-        FROM scored
-    )
-    SELECT (SELECT count(*) FROM near WHERE part = {usual}), product_id, score, {binary}, price, title, part FROM ranked
-    WHERE place <= %(limit)s OR (part = {untouched} AND place_in_part <= %(new)s)
-    ORDER BY score DESC, product_id
-""")
-_PART = sql.SQL("""
-    (SELECT v.product_id, v.vector, v.std_ids, v.re_ids, v.part, p.price, p.title
-    FROM {vectors} AS v JOIN products AS p USING (product_id)
-    WHERE v.part = {part} AND p.std IS NOT NULL
-        AND v.product_id <> ALL(%(exclude)s::text[]) AND v.product_id NOT IN {met} AND {filters}
-    ORDER BY v.placed <#> %(placed)b::halfvec LIMIT {limit})
-""")
-
-# The distances are computed inside a materialised step and sorted outside of it, where no index can offer its order.
-# `kept` may stop one above the bound: then the filter keeps too many and nothing is scored.
-_EXACT = sql.SQL("""
-    WITH kept AS MATERIALIZED (
-        SELECT product_id FROM products WHERE std IS NOT NULL AND {filters} {bound}
-    ), scored AS MATERIALIZED (
-        SELECT product_id, v.vector <#> %(query)b AS distance, v.part
-        FROM kept JOIN {vectors} AS v USING (product_id)
-        WHERE product_id <> ALL(%(exclude)s::text[]) AND product_id NOT IN {met} AND {within}
-    ), best AS MATERIALIZED (
-        (SELECT * FROM scored ORDER BY distance, product_id LIMIT %(limit)s)
-        UNION
-        (SELECT * FROM scored WHERE part = {untouched} ORDER BY distance, product_id LIMIT %(new)s)
-    )
-    SELECT total.kept, product_id, -distance, {binary}, price, title, best.part
-    FROM (SELECT count(*) AS kept FROM kept) AS total
-    LEFT JOIN (best JOIN {vectors} AS v USING (product_id) JOIN products USING (product_id)) ON true
-    ORDER BY distance, product_id
-""")
-
-
-# What the items of a history are linked to (see item_links.py): taken together, or another variant of one product. Variants
-# are looked up as they are now, so that a new colour is one at once. Fifteen hundred rows may be met, so each is looked up once, in
-# the order of the key, and its product only when its turn comes: `ranked` is gone through in order, and most of it never is. A
-# filter that keeps few products comes first instead, as `kept`.
-_LINKED = sql.SQL("""
+# The best by inner product and links of what `near` gives and of what the items of the history are linked to (see item_links.py),
+# among them the best `new` that nobody met. Links only ever add, so whatever is ahead of an unlinked item by inner product stays
+# ahead of it: none is missed. Variants are looked up as they are now, so that a new colour is one at once.
+# Few columns are put in order. All others, and what a product has, are read of what is kept alone.
+_BEST = sql.SQL("""
     WITH links AS MATERIALIZED (
         SELECT product_id, sum(together)::float4 AS together, max(variant)::float4 AS variant
         FROM (
@@ -105,31 +64,58 @@ _LINKED = sql.SQL("""
             UNION ALL
             (SELECT product_id, 0 AS together, 1 AS variant FROM products WHERE group_id IN (
                 SELECT group_id FROM products WHERE product_id = ANY(%(history)s::text[])
-            ) AND product_id <> ALL(%(history)s::text[]) LIMIT %(most_variants)s)
+            ) AND product_id <> ALL(%(history)s::text[]) LIMIT {most_variants})
         ) AS every GROUP BY product_id
-    ), scored AS MATERIALIZED (
-        SELECT product_id, vector <#> %(query)b AS distance, part FROM {vectors}
-        WHERE product_id = ANY(ARRAY(SELECT product_id FROM links {kept} ORDER BY product_id))
-            AND product_id <> ALL(%(exclude)s::text[]) AND product_id NOT IN {met}
+    ), {near}, scored AS (
+        SELECT product_id, part, place, coalesce(together, 0) AS together, coalesce(variant, 0) AS variant,
+            -distance + %(together)s::float8 * coalesce(together, 0) + %(variant)s::float8 * coalesce(variant, 0) AS score
+        FROM (SELECT product_id, part, place, distance FROM near {linked}) AS every LEFT JOIN links USING (product_id)
     ), ranked AS MATERIALIZED (
-        SELECT product_id, part, together, variant, -distance + %(together)s * together + %(variant)s * variant AS score
-        FROM scored JOIN links USING (product_id) ORDER BY score DESC, product_id
-    ), best AS MATERIALIZED (
-        (SELECT * FROM ranked
-        WHERE (SELECT std IS NOT NULL AND {filters} FROM products WHERE product_id = ranked.product_id)
-        LIMIT %(limit)s)
-        UNION
-        (SELECT * FROM ranked
-        WHERE part = {untouched} AND (SELECT std IS NOT NULL AND {filters} FROM products WHERE product_id = ranked.product_id)
-        LIMIT %(new)s)
+        SELECT * FROM scored ORDER BY score DESC, product_id
+    ), share AS MATERIALIZED (
+        SELECT * FROM ranked WHERE part = {untouched} LIMIT {new}
+    ), best AS (
+        SELECT * FROM share
+        UNION ALL
+        (SELECT * FROM ranked WHERE product_id NOT IN (SELECT product_id FROM share)
+        LIMIT greatest(0, {limit} - (SELECT count(*) FROM share)))
     )
-    SELECT product_id, score, {binary}, price, title, v.part, together, variant
-    FROM best JOIN {vectors} AS v USING (product_id) JOIN products USING (product_id)
-    ORDER BY score DESC, product_id
+    SELECT reached.count, std IS NOT NULL, best.product_id, score, {binary}, price, title, best.part, together, variant
+    FROM ({reached}) AS reached
+        LEFT JOIN (
+            best JOIN {vectors} AS v ON v.ctid = best.place
+                LEFT JOIN products ON products.product_id = best.product_id
+        ) ON true
+    ORDER BY score DESC, best.product_id
+""")
+# One index scan a part. The index holds half precision, and gives the rows in an order that is nearly theirs.
+_NEAR = sql.SQL("near AS MATERIALIZED ({parts})")
+_PART = sql.SQL("""
+    (SELECT product_id, v.part, v.ctid AS place, v.vector <#> %(query)b AS distance FROM {rows}
+    WHERE v.part = {part} AND product_id <> ALL(%(exclude)s::text[]) AND product_id NOT IN {met} AND {passes}
+    ORDER BY v.placed <#> %(placed)b::halfvec LIMIT {limit})
+""")
+# Hundreds or thousands, each looked up once, in the order of the key.
+_LINKED = sql.SQL("""
+    UNION ALL
+    SELECT product_id, v.part, v.ctid, v.vector <#> %(query)b FROM {rows}
+    WHERE v.product_id = ANY(ARRAY(
+            SELECT product_id FROM links WHERE product_id NOT IN (SELECT product_id FROM near) ORDER BY product_id
+        )) AND product_id <> ALL(%(exclude)s::text[]) AND product_id NOT IN {met} AND {passes}
+""")
+# All that pass. `kept` may stop one above the bound: then the filter keeps too many and nothing is scored.
+_ALL = sql.SQL("""
+    kept AS MATERIALIZED (
+        SELECT product_id FROM products WHERE std IS NOT NULL AND {filters} {bound}
+    ), near AS MATERIALIZED (
+        SELECT product_id, v.part, v.ctid AS place, v.vector <#> %(query)b AS distance
+        FROM kept JOIN {vectors} AS v USING (product_id)
+        WHERE product_id <> ALL(%(exclude)s::text[]) AND product_id NOT IN {met} AND {within}
+    )
 """)
 # Products that somebody else chose, in the order chosen.
 _AMONG = sql.SQL("""
-    SELECT v.product_id, -(v.vector <#> %(query)b), {binary}, p.price, p.title, v.part
+    SELECT NULL, true, v.product_id, -(v.vector <#> %(query)b), {binary}, p.price, p.title, v.part, 0, 0
     FROM unnest(%(ids)s::text[]) WITH ORDINALITY AS given(product_id, place)
         JOIN {vectors} AS v USING (product_id) JOIN products AS p USING (product_id)
     WHERE p.std IS NOT NULL AND v.product_id <> ALL(%(exclude)s::text[]) AND v.product_id NOT IN {met} AND {filters}
@@ -146,11 +132,6 @@ _LINKS = sql.SQL("""
     FROM products AS met JOIN products AS other ON other.group_id = met.group_id AND other.product_id <> met.product_id
     WHERE met.product_id = ANY(%(history)s::text[]) AND other.product_id = ANY(%(items)s::text[])
 """)
-_USUAL_SETTINGS = {
-    # Starting parallel workers costs more than they save on so few rows.
-    "max_parallel_workers_per_gather": "0",
-    "enable_seqscan": "on", "enable_sort": "on", "enable_material": "on",
-}  # fmt: skip
 MOST_VARIANTS = 1000  # a "product" of more variants is a slip in the shop's data, and must not slow a request down
 
 
@@ -476,49 +457,41 @@ class Vectors:
 
         Products that were deleted, have no features, are in `exclude` or were met by the user `met_by` (in one of the ways in
         `hides`, if given) never appear.
-        Fewer than `limit` come back only when no more match. Without filters it is one round trip.
+        Fewer than `limit` come back only when no more match. Without filters it is mostly one round trip.
         """
         conditions, parameters = _conditions(filters or Filters())
         where = sql.SQL(" AND ").join(conditions) if conditions else sql.SQL("true")
         met, met_parameters = _met(hides)
         parameters |= met_parameters
+        linked_from = history or History([], 0.0, 0.0)
         parameters |= {
             "query": np.ascontiguousarray(query, dtype=np.float32),
             "placed": np.append(query, 0.0).astype(np.float32) if placed is None else placed,
             "exclude": list(exclude),
             "met_by": met_by,
-            "limit": limit,
-            "new": new,
-        }
-        ef_search = min(max(ef_search or DEFAULT_EF_SEARCH, limit, new), MAX_EF_SEARCH)
-        follow = history is not None and bool(history.product_ids)
-        if history is not None:
-            parameters |= {
-                "history": list(history.product_ids), "together": history.together, "variant": history.variant,
-                "most_variants": MOST_VARIANTS,
-            }  # fmt: skip
+            "history": list(linked_from.product_ids), "together": linked_from.together, "variant": linked_from.variant,
+        }  # fmt: skip
+        settings = _hnsw_settings(min(max(ef_search or DEFAULT_EF_SEARCH, limit, new), MAX_EF_SEARCH))
         with self._pool.connection() as connection:
-            if not conditions and self._has_index(connection, release):
-                nearest, linked = _plain_texts(release) if hides is None else _texts(release, where, met)
-                statements = [_Statement(nearest, _hnsw_settings(ef_search), None), _Statement(linked, {}, None)]
-                near, *links = _query(connection, statements[: 1 + follow], parameters)
-                if len(near) < limit:  # the graph was left before enough were met
-                    found = _exact(connection, release, where, met, parameters)
-                else:
-                    found = _found([row[1:] for row in near], "hnsw")
-                found_by_links = _found(links[0], "") if follow else None
+            if not self._has_index(connection, release):
+                return _exact(connection, release, where, met, parameters, limit, new)
+            if not conditions:
+                text = _plain(release, limit, new) if hides is None else _nearest(release, met, None, limit, new)
+                rows = _query(connection, text, parameters, settings, None)
+                # The graph may have been left before enough were met, and what it gave need not be sold any more.
+                if rows[0][0] >= limit and all(sold for _, sold, *_ in rows):
+                    return _found(rows, "hnsw")
             else:
-                found = self._nearest(connection, release, conditions, where, met, parameters, ef_search)
-                found_by_links = None
-                if follow:
-                    kept = sql.SQL("JOIN products USING (product_id) WHERE {}").format(where)
-                    by_links = _linked(release, where, met, kept if found.plan == "exact" else sql.SQL(""))
-                    (rows,) = _query(connection, [_Statement(by_links, {}, False)], parameters)
-                    found_by_links = _found(rows, "")
-        if found_by_links is not None:
-            # Links only ever add, so whatever is ahead of an unlinked item by inner product stays ahead of it: none is missed.
-            found = found.without(set(found_by_links.product_ids)).joined(found_by_links)
-        return _with_share(found, limit, new)
+                kept, items = _estimates(connection, release, where, parameters)
+                bound = int(EXACT_FACTOR * math.sqrt(max(limit, new) * items))
+                if kept <= ESTIMATE_MARGIN * bound:
+                    rows = _query(connection, _all(release, met, where, bound, limit, new), parameters, {}, False)
+                    if rows[0][0] <= bound:
+                        return _found(rows, "exact")
+            rows = _query(connection, _nearest(release, met, where, limit, new), parameters, settings, False)
+            if rows[0][0] < limit:
+                return _exact(connection, release, where, met, parameters, limit, new)
+            return _found(rows, "hnsw-iterative")
 
     def hidden(self, ids: Sequence[str], met_by: str | None, hides: Sequence[Hide]) -> list[set[str]]:
         """Which of `ids` a search for the user would leave out, of each of `hides`."""
@@ -546,7 +519,7 @@ class Vectors:
         where = sql.SQL(" AND ").join(conditions) if conditions else sql.SQL("true")
         statement = _AMONG.format(vectors=table_of(release), met=met, filters=where, binary=BINARY)
         with self._pool.connection() as connection:
-            (rows,) = _query(connection, [_Statement(statement, {}, False)], parameters)
+            rows = _query(connection, statement, parameters, {}, False)
         return _found(rows, "exact")
 
     def links(self, release: str, history: Sequence[str], items: Sequence[str]) -> list[tuple[str, str, float | None]]:
@@ -556,23 +529,6 @@ class Vectors:
             return connection.execute(
                 _LINKS.format(vectors=table_of(release)), {"history": list(history), "items": list(items)}
             ).fetchall()
-
-    def _nearest(
-        self, connection: Connection[Any], release: str, conditions: Sequence[sql.Composable], where: sql.Composable,
-        met: sql.Composable, parameters: dict[str, Any], ef_search: int,
-    ) -> Found:  # fmt: skip
-        if not self._has_index(connection, release):
-            return _exact(connection, release, where, met, parameters)
-        if conditions and _estimate(connection, where, parameters) <= ESTIMATE_MARGIN * EXACT_LIMIT:
-            found = _exact_if_few(connection, release, where, met, parameters)
-            if found is not None:
-                return found
-        statement = _Statement(_hnsw(release, where, met), _hnsw_settings(ef_search), False)
-        (rows,) = _query(connection, [statement], parameters)
-        # The graph was left before enough were met.
-        if not rows or len(rows) < parameters["limit"] or rows[0][0] < parameters["limit"]:
-            return _exact(connection, release, where, met, parameters)
-        return _found([row[1:] for row in rows], "hnsw-iterative")
 
     def _has_index(self, connection: Connection[Any], release: str) -> bool:
         if release not in self._indexed:
@@ -701,38 +657,55 @@ def _met(hides: Sequence[Hide] | None) -> tuple[sql.Composable, dict[str, Any]]:
     return _MET_SO.format(sql.SQL(" OR ").join(ways)), parameters
 
 
-@dataclass(frozen=True)
-class _Statement:
-    query: sql.Composed | str
-    settings: Mapping[str, str]  # of the server, beside those that the pipeline's earlier ones set
-    prepare: bool | None  # those with filters never: their best plan depends on the values
-
-
 @lru_cache(64)
-def _plain_texts(release: str) -> tuple[str, str]:
-    """`_texts` of a search without filters that leaves out all that was met: nearly every one."""
-    nearest, linked = _texts(release, sql.SQL("true"), _MET)
-    return nearest.as_string(), linked.as_string()
+def _plain(release: str, limit: int, new: int) -> str:
+    """`_nearest` without filters that leaves out all that was met: nearly every one."""
+    return _nearest(release, _MET, None, limit, new).as_string()
 
 
-def _texts(release: str, where: sql.Composable, met: sql.Composable) -> tuple[sql.Composed, sql.Composed]:
-    """What finds the nearest by the graph, and what is linked."""
-    return _hnsw(release, where, met), _linked(release, where, met, sql.SQL(""))
+def _nearest(release: str, met: sql.Composable, where: sql.Composable | None, limit: int, new: int) -> sql.Composed:
+    """Finds the best by the graphs and the links. Without a condition, what is not sold is found too.
 
-
-def _hnsw(release: str, where: sql.Composable, met: sql.Composable) -> sql.Composed:
-    wanted = {part: sql.SQL("%(limit)s") for part in range(PARTS)}
-    wanted[UNTOUCHED] = sql.SQL("greatest(%(limit)s, %(new)s)")
+    What is the same for nearly all requests stands in it as a number: the server then plans it once for all of them.
+    """
+    table = table_of(release)
+    rows: sql.Composable = sql.SQL("{} AS v").format(table)
+    passes: sql.Composable = sql.SQL("true")
+    counted: sql.Composable = sql.SQL("SELECT count(*) FROM near")
+    if where is not None:
+        rows = sql.SQL("{} AS v JOIN products USING (product_id)").format(table)
+        passes = sql.SQL("std IS NOT NULL AND {}").format(where)
+        counted = sql.SQL("SELECT count(*) FROM near WHERE part = {}").format(sql.Literal(USUAL))
     parts = [
-        _PART.format(vectors=table_of(release), part=sql.Literal(part), met=met, filters=where, limit=limit)
-        for part, limit in wanted.items()
-    ]
-    return _HNSW.format(
-        parts=sql.SQL(" UNION ALL ").join(parts),
-        usual=sql.Literal(USUAL),
-        untouched=sql.Literal(UNTOUCHED),
-        binary=BINARY,
+        _PART.format(
+            rows=rows, part=sql.Literal(part), met=met, passes=passes,
+            limit=sql.Literal(max(limit, new) if part == UNTOUCHED else limit),
+        )
+        for part in range(PARTS)
+    ]  # fmt: skip
+    near = _NEAR.format(parts=sql.SQL(" UNION ALL ").join(parts))
+    return _best(release, near, _LINKED.format(rows=rows, met=met, passes=passes), counted, limit, new)
+
+
+def _all(
+    release: str, met: sql.Composable, where: sql.Composable, bound: int | None, limit: int, new: int
+) -> sql.Composed:
+    """Finds the best of all that pass; none are looked at if they are more than `bound`."""
+    within = (
+        sql.SQL("true") if bound is None else sql.SQL("(SELECT count(*) FROM kept) <= {}").format(sql.Literal(bound))
     )
+    most = sql.SQL("") if bound is None else sql.SQL("LIMIT {}").format(sql.Literal(bound + 1))
+    near = _ALL.format(vectors=table_of(release), met=met, filters=where, bound=most, within=within)
+    return _best(release, near, sql.SQL(""), sql.SQL("SELECT count(*) FROM kept"), limit, new)
+
+
+def _best(
+    release: str, near: sql.Composable, linked: sql.Composable, counted: sql.Composable, limit: int, new: int
+) -> sql.Composed:
+    return _BEST.format(
+        vectors=table_of(release), near=near, linked=linked, reached=counted, limit=sql.Literal(limit),
+        new=sql.Literal(new), binary=BINARY, untouched=sql.Literal(UNTOUCHED), most_variants=sql.Literal(MOST_VARIANTS),
+    )  # fmt: skip
 
 
 def _hnsw_settings(ef_search: int) -> dict[str, str]:
@@ -748,85 +721,50 @@ def _hnsw_settings(ef_search: int) -> dict[str, str]:
     }
 
 
-def _linked(release: str, where: sql.Composable, met: sql.Composable, kept: sql.Composable) -> sql.Composed:
-    """The best of what the history is linked to."""
-    return _LINKED.format(
-        vectors=table_of(release), met=met, filters=where, kept=kept, binary=BINARY, untouched=sql.Literal(UNTOUCHED)
-    )
-
-
-def _estimate(connection: Connection[Any], where: sql.Composable, parameters: dict[str, Any]) -> float:
-    """The planner's guess how many products the conditions keep."""
+def _estimates(
+    connection: Connection[Any], release: str, where: sql.Composable, parameters: dict[str, Any]
+) -> tuple[float, float]:
+    """The planner's guesses how many products the conditions keep, and how many items the release has."""
     explain = sql.SQL("EXPLAIN (FORMAT json) SELECT FROM products WHERE std IS NOT NULL AND {}").format(where)
-    row = connection.execute(explain, parameters, prepare=False).fetchone()
-    assert row is not None
-    return float(row[0][0]["Plan"]["Plan Rows"])
+    with connection.pipeline():
+        kept = connection.execute(explain, parameters, prepare=False)
+        items = connection.execute(
+            "SELECT greatest(reltuples, 0) FROM pg_class WHERE oid = %s::regclass", (table_of(release).as_string(),)
+        )
+        plan, count = kept.fetchone(), items.fetchone()
+    assert plan is not None
+    assert count is not None
+    return float(plan[0][0]["Plan"]["Plan Rows"]), float(count[0])
 
 
 def _exact(
-    connection: Connection[Any], release: str, where: sql.Composable, met: sql.Composable, parameters: dict[str, Any]
-) -> Found:
+    connection: Connection[Any], release: str, where: sql.Composable, met: sql.Composable, parameters: dict[str, Any],
+    limit: int, new: int,
+) -> Found:  # fmt: skip
     """All matches scored and sorted."""
-    query = _EXACT.format(
-        vectors=table_of(release), met=met, filters=where, bound=sql.SQL(""), within=sql.SQL("true"), binary=BINARY,
-        untouched=sql.Literal(UNTOUCHED),
-    )  # fmt: skip
-    (rows,) = _query(connection, [_Statement(query, {}, False)], parameters)
-    return _found([row[1:] for row in rows if row[1] is not None], "exact")
-
-
-def _exact_if_few(
-    connection: Connection[Any], release: str, where: sql.Composable, met: sql.Composable, parameters: dict[str, Any]
-) -> Found | None:
-    """`_exact`, or None without having scored anything if the filter keeps more than EXACT_LIMIT products."""
-    query = _EXACT.format(
-        vectors=table_of(release),
-        met=met,
-        filters=where,
-        bound=sql.SQL("LIMIT %(bound)s + 1"),
-        within=sql.SQL("(SELECT count(*) FROM kept) <= %(bound)s"),
-        binary=BINARY,
-        untouched=sql.Literal(UNTOUCHED),
-    )
-    (rows,) = _query(connection, [_Statement(query, {}, False)], {**parameters, "bound": EXACT_LIMIT})
-    if rows[0][0] > EXACT_LIMIT:
-        return None
-    return _found([row[1:] for row in rows if row[1] is not None], "exact")
-
-
-def _with_share(found: Found, limit: int, new: int) -> Found:
-    """The first `limit`, the first `new` of what nobody met among them: these take the places of the last others."""
-    first = found.take_first(limit)
-    share = found.take(np.flatnonzero(found.part == UNTOUCHED)[:new])
-    missing = share.without(set(first.product_ids))
-    others = first.without(set(share.product_ids))
-    return others.take_first(max(0, len(others.product_ids) - len(missing.product_ids))).joined(share)
+    rows = _query(connection, _all(release, met, where, None, limit, new), parameters, {}, False)
+    return _found(rows, "exact")
 
 
 def _query(
-    connection: Connection[Any], statements: Sequence[_Statement], parameters: dict[str, Any]
-) -> list[list[Any]]:
-    """The rows of each, in one round trip: what a pipeline sends together is one transaction, at whose end the settings lapse."""
-    cursors = []
-    with connection.pipeline():
-        for statement in statements:
-            settings = {**_USUAL_SETTINGS, **statement.settings}
-            set_all = "SELECT " + ", ".join(["set_config(%s, %s, true)"] * len(settings))
-            connection.execute(set_all, [text for setting in settings.items() for text in setting])
-            cursor = connection.cursor(binary=True)
-            cursors.append(cursor)
-            cursor.execute(statement.query, parameters, prepare=statement.prepare)
-    found = []
-    for cursor in cursors:
-        with cursor:
-            found.append(cursor.fetchall())
-    return found
+    connection: Connection[Any], statement: sql.Composed | str, parameters: dict[str, Any], settings: Mapping[str, str],
+    prepare: bool | None,
+) -> list[Any]:  # fmt: skip
+    """The rows of a statement under settings of the server's, in one round trip: what a pipeline sends together is one transaction,
+    at whose end the settings lapse. Those with filters are not to be prepared: their best plan depends on the values."""
+    # Starting parallel workers costs more than they save on so few rows.
+    given = {"max_parallel_workers_per_gather": "0", **settings}
+    with connection.pipeline(), connection.cursor(binary=True) as cursor:
+        connection.execute(
+            "SELECT " + ", ".join(f"set_config('{name}', '{value}', true)" for name, value in given.items())
+        )
+        cursor.execute(statement, parameters, prepare=prepare)
+        return cursor.fetchall()
 
 
 def _found(rows: Sequence[Any], plan: str) -> Found:
-    columns = list(zip(*rows, strict=True)) if rows else [()] * 10
-    product_ids, scores, vectors, std_ids, re_ids, price, titles, part, *links = columns
-    together, variant = links or np.zeros((2, len(rows)))
+    columns = list(zip(*(row for row in rows if row[2] is not None), strict=True)) or [()] * 12
+    _, _, product_ids, scores, vectors, std_ids, re_ids, price, titles, part, together, variant = columns
     return Found(
         list(product_ids),
         np.array(scores, dtype=np.float32),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -19,7 +20,7 @@ RELEASE = "20260101-120000"
 N, D = 600, 8
 IDS = [f"p{number:03d}" for number in range(N)]
 LIMIT = 40
-FEW = 50  # stands for EXACT_LIMIT
+FEW = 50  # products that a filter may keep and be answered exactly
 RANDOM = np.random.default_rng(0)
 CENTRES = RANDOM.normal(size=(12, D))
 CLUSTER = np.arange(N) % 12
@@ -62,7 +63,7 @@ def open_url(url: str) -> Store:
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
-    monkeypatch.setattr(vectors, "EXACT_LIMIT", FEW)
+    monkeypatch.setattr(vectors, "EXACT_FACTOR", FEW / math.sqrt(LIMIT * N))
 
 
 @pytest.fixture(scope="module")
@@ -383,11 +384,12 @@ def test_a_search_leaves_the_connection_as_it_was(indexed):
         "hnsw.ef_search",
         "hnsw.iterative_scan",
     )
-    placed = np.append(QUERIES[0], np.float32(0))
-    values = {"query": QUERIES[0], "placed": placed, "exclude": [], "met_by": None, "limit": 1, "new": 0}
+    values = {
+        "query": QUERIES[0], "placed": np.append(QUERIES[0], np.float32(0)), "exclude": [], "met_by": None, "history": [],
+        "together": 0.0, "variant": 0.0,
+    }  # fmt: skip
     with indexed.pool.connection() as connection:
-        nearest, _ = vectors._plain_texts(RELEASE)
-        vectors._query(connection, [vectors._Statement(nearest, vectors._hnsw_settings(77), None)], values)
+        vectors._query(connection, vectors._plain(RELEASE, 1, 0), values, vectors._hnsw_settings(77), None)
         values = [connection.execute(f"SHOW {name}").fetchone()[0] for name in names]
     assert values == ["on", "on", "2", "40", "off"]
 
