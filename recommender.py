@@ -44,6 +44,7 @@ CONTEXT_CACHE = 10_000  # context texts whose vectors are remembered
 AWAY_SECONDS = 1.0  # for so long after a failure nobody waits for a database that is known to be away
 # Products embedded and indexed at once when catching up: whoever puts one of them waits so long.
 INDEX_BATCH = 100
+NO_RULES = RuleSet([])
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ class Recommender:
         if time.monotonic() < self._away_until:
             return self._fallback(live, request)
         try:
-            loaded, warnings = self.releases.named(request.release)
+            loaded, warnings = (live, []) if request.release is None else self.releases.named(request.release)
             answer = self._answer(loaded, request)
             return replace(answer, warnings=[*warnings, *answer.warnings])
         except psycopg.errors.QueryCanceled:
@@ -567,7 +568,7 @@ def _unread(used: RulesUsed | None) -> list[str]:
 
 def _limits(request: Request) -> Limits:
     """What rules, the shopper's past and the request itself do not let be shown."""
-    rules = RuleSet([]) if request.rules is None else request.rules.rules
+    rules = NO_RULES if request.rules is None else request.rules.rules
     return limits_of(rules, request.user_id, request.history, request.exclude, request.exclude_history, request.moment)
 
 

@@ -486,7 +486,7 @@ def rerank_batch(
 
     retrieval = scores - scores.mean(axis=1, keepdims=True)
     norm = np.linalg.norm(query[:, unit], axis=1, keepdims=True)
-    similarity = np.einsum("bnd,btd->bnt", rows[:, :, unit], past.vectors)
+    similarity = rows[:, :, unit] @ past.vectors.transpose(0, 2, 1)  # (B, N, T)
     similarity = np.where(past.mask[:, None, :], similarity, -1.0)
     nearest = np.where(past.mask.any(1, keepdims=True), similarity.max(axis=2, initial=-1.0), 0.0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ UPSERT = """
 # One row at least: the outer join keeps the profile of a shopper without events. "Known" is asked of the event table
 # itself, since events on items without a vector are not in `latest`.
 _STATE = sql.SQL("""
-    SELECT shopper.profile,
+    SELECT shopper.profile::text,
         shopper.profile IS NOT NULL OR EXISTS (SELECT FROM events WHERE user_id = %(user_id)s),
         latest.*
     FROM (SELECT (SELECT profile FROM users WHERE user_id = %(user_id)s) AS profile) AS shopper
@@ -167,15 +168,14 @@ class Users:
 
     def state(self, release: str, user_id: str, limit: int) -> UserState:
         """Profile and the latest `limit` events on items that have a vector in `release`, in one round trip."""
-        query = _STATE.format(vectors=table_of(release), binary=BINARY)
         with self._pool.connection() as connection, connection.cursor(binary=True) as cursor:
-            rows = cursor.execute(query, {"user_id": user_id, "limit": limit}).fetchall()
+            rows = cursor.execute(_state_text(release), {"user_id": user_id, "limit": limit}).fetchall()
         profile, known = rows[0][:2]
         events = [row[2:] for row in rows if row[2] is not None]
         product_ids, kinds, at, vectors, std_ids, re_ids, price = zip(*events, strict=True) if events else ((),) * 7
         return UserState(
             known,
-            {name: float(value) for name, value in (profile or {}).items()},
+            {} if profile is None else {name: float(value) for name, value in orjson.loads(profile).items()},
             list(product_ids),
             list(kinds),
             np.array(at, dtype=np.float64),
@@ -184,6 +184,11 @@ class Users:
             stack_ids(re_ids),
             np.array(price, dtype=np.float64),  # None becomes nan
         )
+
+
+@lru_cache(64)
+def _state_text(release: str) -> str:
+    return _STATE.format(vectors=table_of(release), binary=BINARY).as_string()
 
 
 def _names(connection: Connection[Any], key: str) -> set[str]:
