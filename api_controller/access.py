@@ -15,6 +15,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Annotated, Any
 
 import psycopg
@@ -160,6 +161,7 @@ class Access:
             self._warned = True
 
 
+@lru_cache(1000)
 def beyond_this_machine(address: str) -> bool:
     """An address that other machines may use: any but this machine's own. Names that are no addresses are not judged."""
     try:

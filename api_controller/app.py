@@ -28,7 +28,7 @@ from api_controller import experiments, goods, impressions, lists, releases, rul
 from api_controller.access import ADMIN, OPEN, told_to_listen
 from api_controller.limits import BodyLimit
 from api_controller.schemas import Health
-from api_controller.service import Service, ServiceDep, get_service
+from api_controller.service import Service, ServiceDep
 from release import Release
 from settings import ServiceSettings
 
@@ -69,7 +69,7 @@ class Account:
             await self.app(scope, receive, send)
             return
         request = Request(scope)
-        service = get_service(request)
+        service: Service = scope["app"].state.service
         request_id = request.headers.get("x-request-id", "")[:64] or uuid.uuid4().hex[:12]
         started = time.perf_counter()
         service.access.notice_request(scope)

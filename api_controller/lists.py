@@ -5,23 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated
 
-from fastapi import APIRouter, HTTPException, Query, Request
+import orjson
+from fastapi import APIRouter, HTTPException, Query, Request, Response
 
 import recommender as pipeline
 from api_controller.access import PUBLIC, GivenKey, ShopperToken
 from api_controller.experiments import Assignment, assign, log_list
 from api_controller.rules import check
-from api_controller.schemas import (
-    AnchorBody,
-    EffectBody,
-    ItemBody,
-    NeighbourBody,
-    ProductId,
-    ReasonBody,
-    RecommendAnswer,
-    RecommendBody,
-    RulesUsedBody,
-)
+from api_controller.schemas import NeighbourBody, ProductId, RecommendAnswer, RecommendBody
 from api_controller.service import Service, ServiceDep
 from catalog import session_key
 from conditions import ArrivalRange, OfArrival
@@ -35,10 +26,10 @@ router = APIRouter(tags=["lists"])
 TRIED = "tried"  # the name of rules that came with the request
 
 
-@router.post("/recommend", dependencies=[PUBLIC])
+@router.post("/recommend", dependencies=[PUBLIC], response_model=RecommendAnswer)
 async def recommend(
     body: RecommendBody, service: ServiceDep, asked: Request, key: GivenKey, token: ShopperToken = None
-) -> RecommendAnswer:
+) -> Response:
     """A ranked list for a shopper, a context, a body, or nobody at all; or of another `kind`: like a product, for a cart, what is
     trending, what to buy again. Rules to try need an admin key."""
     if body.rules is not None:  # they take the place of the shop's own, and may ask for a hundred times the work
@@ -83,19 +74,14 @@ async def recommend(
         service.seconds.labels(stage).observe(milliseconds / 1000)
     if answer.degraded:
         service.degraded.inc()
-    items = [
-        ItemBody.model_construct(**{**vars(item), "reasons": [ReasonBody(**vars(reason)) for reason in item.reasons]})
-        for item in answer.items
-    ]
-    anchor = AnchorBody(**vars(answer.anchor)) if answer.anchor else None
+    _count_rules(service, answer.rules)
     counted = {
         "list_id": list_id,
         "experiment": assignment.experiment.name if assignment.experiment and arm else None,
         "arm": arm.name if arm else None,
     }
-    return RecommendAnswer.model_construct(
-        **{**vars(answer), **counted, "items": items, "anchor": anchor, "rules": _rules_used(service, answer.rules)}
-    )
+    # As it is: its fields are those of a RecommendAnswer, and models of each item and reason would only copy them.
+    return Response(orjson.dumps({"kind": answer.kind, **counted, **vars(answer)}), media_type="application/json")
 
 
 def _filters(recommender: pipeline.Recommender, body: RecommendBody) -> Filters:
@@ -138,14 +124,6 @@ def _count_rules(service: Service, used: pipeline.RulesUsed | None) -> None:
     service.count_effects(used.effects)
     if used.problem:
         service.unread_rules.labels(used.name).inc()
-
-
-def _rules_used(service: Service, used: pipeline.RulesUsed | None) -> RulesUsedBody | None:
-    if used is None:
-        return None
-    _count_rules(service, used)
-    effects = [EffectBody.model_construct(**vars(effect)) for effect in used.effects]
-    return RulesUsedBody.model_construct(**{**vars(used), "effects": effects})
 
 
 def _known_values(recommender: pipeline.Recommender, part: str, std: dict[str, list[str]]) -> dict[str, list[str]]:

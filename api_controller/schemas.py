@@ -72,7 +72,7 @@ class RecommendBody(BaseModel):
     history: Annotated[list[Identifier], Field(max_length=MAX_LIST)] = []
     context: Text = ""
     profile: Profile = {}
-    filters: FilterBody = FilterBody()
+    filters: FilterBody = Field(default_factory=FilterBody)
     exclude: Annotated[list[Identifier], Field(max_length=MAX_LIST)] = []
     exclude_history: bool = True
     explain: Annotated[bool, Field(description="say why each item is there; off saves the time")] = True

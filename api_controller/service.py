@@ -224,7 +224,7 @@ def unavailable(reason: str) -> HTTPException:
     return HTTPException(503, reason, headers={"Retry-After": "2"})
 
 
-def get_service(request: Request) -> Service:
+async def get_service(request: Request) -> Service:  # a plain function would be called in a thread of its own
     service: Service = request.app.state.service
     return service
 

@@ -14,6 +14,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
+from api_controller.schemas import RecommendAnswer
 from catalog import User
 from release import Release
 from settings import Settings
@@ -41,6 +42,16 @@ def test_an_answer_says_what_why_and_how_long(shop, client):
         assert (item["title"], item["price"]) == (product["title"], product["price"])
         assert item["stage"] == "reranker"
         assert item["reasons"]
+
+
+def test_an_answer_has_the_fields_that_the_api_promises(shop, client):
+    """It is sent as the pipeline made it; no model of the API looks at it on the way."""
+    rules = [{"kind": "filter", "keep": {"in_stock": True}}]
+    answer = recommend(client, kind="because", user_id=shopper(shop), rules=rules, k=3)
+    assert answer["anchor"]
+    assert answer["rules"]["effects"]
+    assert all(item["reasons"] for item in answer["items"])
+    assert RecommendAnswer.model_validate(answer).model_dump() == answer
 
 
 def test_every_body_has_an_example_and_the_example_works(client):
