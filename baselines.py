@@ -251,7 +251,7 @@ def peer_lists(
     if not answer.exists():
         with tempfile.TemporaryDirectory(dir=answers) as name:
             question, written = Path(name) / "question.npz", Path(name) / "answer.npz"
-            np.savez(question, **asked)  # type: ignore[arg-type]
+            np.savez(question, **asked)
             command = [python, path, question, written, *arguments]
             try:
                 subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
