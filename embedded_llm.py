@@ -20,8 +20,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import httpx
-from huggingface_hub import hf_hub_download
 from pydantic import Field
 from tqdm import tqdm
 
@@ -112,6 +110,8 @@ def find(settings: EmbeddedSettings) -> Path:
         return Path(settings.llm)
     if not _HUB_FILE.fullmatch(settings.llm):
         raise UserError(f"LLM {settings.llm} is no file, and no owner/repository/file.gguf of the hub")
+    from huggingface_hub import hf_hub_download  # only here: everybody who reads products would wait for it
+
     owner, repository, file = settings.llm.split("/", 2)
     try:
         return Path(hf_hub_download(f"{owner}/{repository}", file))
@@ -149,6 +149,8 @@ class EmbeddedServer:
             self._server: Any = xllamacpp.Server(params)
         except RuntimeError as error:
             raise UserError(f"{path} could not be loaded as a model: {error}") from error
+        import httpx  # as above
+
         self._client = httpx.Client(base_url=self._server.listening_address, timeout=None)
         self.tokens = lru_cache(100_000)(self._tokens)  # the same field names and values come with every product
 

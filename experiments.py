@@ -15,7 +15,6 @@ from datetime import datetime
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from scipy.special import chdtrc
 
 from catalog import Identifier
 
@@ -229,6 +228,8 @@ def sample_ratio(arms: Sequence[Arm], figures_of: Sequence[ArmFigures]) -> Sampl
     expected = {arm.name: total * arm.share for arm in arms}
     if total == 0:
         return SampleRatio(expected, 0.0, 1.0, False)
+    from scipy.special import chdtrc  # half a second that only those who read a report wait for
+
     chi_square = sum((arm.shoppers - expected[arm.arm]) ** 2 / expected[arm.arm] for arm in figures_of)
     p = float(chdtrc(len(arms) - 1, chi_square))
     return SampleRatio(expected, chi_square, p, p < SAMPLE_RATIO_P)

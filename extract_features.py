@@ -30,8 +30,6 @@ from pydantic import Field
 from tqdm import tqdm
 
 from catalog import FeatureSchema, Product, RawProduct, Rejected
-from embedded_reader import EmbeddedReader
-from endpoint_reader import EndpointReader
 from lexicon import BoundLexicon, Lexicon
 from readers import (
     CACHE_KIND,
@@ -51,9 +49,7 @@ from store.cache import Cache
 PLAIN_READERS: dict[str, type[SellerReader] | type[LexiconReader]] = {
     reader.name: reader for reader in (SellerReader, LexiconReader)
 }
-MODEL_READERS: dict[str, type[EndpointReader] | type[EmbeddedReader]] = {
-    reader.name: reader for reader in (EndpointReader, EmbeddedReader)
-}
+MODEL_READERS = ("endpoint", "embedded")
 
 
 def make_reader(settings: ReaderSettings, cache: Cache) -> Reader:
@@ -61,7 +57,14 @@ def make_reader(settings: ReaderSettings, cache: Cache) -> Reader:
     lexicon = Lexicon.load(settings.lexicon)
     if settings.reader in PLAIN_READERS:
         return PLAIN_READERS[settings.reader](lexicon)
-    return MODEL_READERS[settings.reader](lexicon, settings, cache)
+    # Imported here, because a server reads by the lexicon alone, and their clients take a second.
+    from embedded_reader import EmbeddedReader
+    from endpoint_reader import EndpointReader
+
+    by_model: type[EndpointReader] | type[EmbeddedReader] = (
+        EndpointReader if settings.reader == EndpointReader.name else EmbeddedReader
+    )
+    return by_model(lexicon, settings, cache)
 
 
 class ExtractOptions(ReaderSettings):

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from catalog import EARLIEST, Rejected, oldest_event
 from datasets import Source, aihub, hm, jsonl, myntra, rent_the_runway, s3rec, sample_shop
 from settings import Settings, UserError, run_script
-from store import ImportReport, ImportSession, Store
+from store import Store
+from store.imports import ImportReport, ImportSession
 
 READERS: dict[str, Callable[[Path | None], Source]] = {
     "sample": sample_shop.read,

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +33,30 @@ if "deepctr_torch.utils" not in sys.modules:
     _utils.check_version = lambda version: None  # type: ignore[attr-defined]
     sys.modules["deepctr_torch.utils"] = _utils
 
-from deepctr_torch.inputs import DenseFeat, SparseFeat, VarLenSparseFeat
-from deepctr_torch.models import DeepFM as DeepFM
+
+def _no_metric(*_: object, **__: object) -> float:
+    raise NotImplementedError("deepctr-torch's own metrics are not imported; see model_reranker.py")
+
+
+@contextmanager
+def _without_sklearn() -> Iterator[None]:
+    """deepctr-torch wants four metrics for its own training, which nothing here uses, and they take longer to import than all the
+    rest of it: stand-ins, that are gone again for whoever needs the real ones."""
+    standing = {name: types.ModuleType(name) for name in ("sklearn", "sklearn.metrics") if name not in sys.modules}
+    if "sklearn.metrics" in standing:
+        metrics = ("accuracy_score", "log_loss", "mean_squared_error", "roc_auc_score")
+        vars(standing["sklearn.metrics"]).update(dict.fromkeys(metrics, _no_metric))
+    sys.modules.update(standing)
+    try:
+        yield
+    finally:
+        for name in standing:
+            del sys.modules[name]
+
+
+with _without_sklearn():
+    from deepctr_torch.inputs import DenseFeat, SparseFeat, VarLenSparseFeat
+    from deepctr_torch.models import DeepFM as DeepFM
 
 STD_TABLE, RE_TABLE = "STD_table", "RE_table"
 RETRIEVAL = "retrieval"  # of the dense features, the one that an order starts from

@@ -14,7 +14,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 from catalog import RawProduct
 from lexicon import fold, plain_text
@@ -38,6 +37,8 @@ class Neighbours:
         kept = heapq.nsmallest(MAX_PRODUCTS, filled, key=lambda pair: _draw(pair[0].product_id))
         self._raws = [raw for raw, _ in kept]
         self._values = [values for _, values in kept]
+        from sklearn.feature_extraction.text import TfidfVectorizer  # a second, for which no server's start should wait
+
         self._vectorizer = TfidfVectorizer(analyzer=_words, sublinear_tf=True)
         self._titles = self._vectorizer.fit_transform([raw.title for raw in self._raws]) if kept else None
         having: dict[str, list[int]] = {}

@@ -29,19 +29,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from huggingface_hub import model_info
 from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModel, AutoTokenizer, DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
+import distilbert
 from settings import Settings, UserError
 from tensors import distinct
-
-transformers_logging.disable_progress_bar()  # loading takes half a second; downloads keep their own bar
 
 TITLE_TOKENS = 24  # 15 words or so; every further token costs memory for each product
 POOLED_TOKENS = 128  # contexts, attribute values, the start of a description
@@ -409,13 +405,14 @@ class PackedE5:
         return torch.from_numpy(weights.reshape(len(blocks), columns))
 
 
-def to_distilbert(packed: PackedE5, layers: Sequence[int], keep: Sequence[int]) -> DistilBertModel:
+def to_distilbert(packed: PackedE5, layers: Sequence[int], keep: Sequence[int]) -> Any:
     """The same function as a `DistilBertModel`, with the layers numbered `layers` and the vocabulary rows `keep`.
 
     DistilBERT is BERT without token types and pooler. A text here is always of token type 0, so that row is added into
     the position table, and nothing is lost.
     """
-    config = DistilBertConfig(
+    transformers = _transformers()
+    config = transformers.DistilBertConfig(
         vocab_size=len(keep),
         dim=packed.width,
         n_layers=len(layers),
@@ -426,7 +423,7 @@ def to_distilbert(packed: PackedE5, layers: Sequence[int], keep: Sequence[int]) 
         pad_token_id=keep.index(packed.pad),
     )
     config.text_prefix = E5_PREFIX  # ours: what `TextEncoder.pooled` puts before a text
-    model = DistilBertModel(config)
+    model = transformers.DistilBertModel(config)
     width, hidden = packed.width, packed.hidden
     token_type = packed.floats("emb.type")[:width]
     state = {
@@ -455,8 +452,8 @@ def to_distilbert(packed: PackedE5, layers: Sequence[int], keep: Sequence[int]) 
     return model
 
 
-def to_tokenizer(packed: PackedE5, keep: Sequence[int]) -> PreTrainedTokenizerFast:
-    """The unigram tokenizer of the pieces numbered `keep`; their ids are their places in `keep`.
+def to_tokenizer(packed: PackedE5, keep: Sequence[int]) -> Any:
+    """The unigram tokenizer, a `PreTrainedTokenizerFast`, of the pieces numbered `keep`; their ids are their places in `keep`.
 
     A text whose characters all have pieces in `keep` is cut exactly as with the whole vocabulary, since every candidate
     cut uses only pieces that are substrings of the text.
@@ -480,7 +477,7 @@ def to_tokenizer(packed: PackedE5, keep: Sequence[int]) -> PreTrainedTokenizerFa
         single=f"{start} $A {end}",
         special_tokens=[(start, keep.index(packed.start)), (end, keep.index(packed.end))],
     )
-    return PreTrainedTokenizerFast(
+    return _transformers().PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=start,
         eos_token=end,
@@ -532,13 +529,26 @@ _UNUSED = "pooler"  # a layer behind the token vectors; often not in the file, a
 _LOAD_ERRORS = (OSError, ValueError, RuntimeError, ImportError, SafetensorError)
 
 
+def _transformers() -> Any:
+    """HuggingFace's library. Imported by whoever needs it only: that takes seconds, for which no server's start should wait."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # loading takes half a second; downloads keep their own bar
+    return transformers
+
+
 def _load(name: str, local_files_only: bool) -> tuple[Any, Any]:
+    if distilbert.can_read(Path(name)):
+        return distilbert.load(Path(name))
+    transformers = _transformers()
     # Code that comes with a model never runs; saying so keeps transformers from asking for permission at a prompt.
     options = {"local_files_only": local_files_only, "trust_remote_code": False}
-    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes without files
         raise ValueError("it has no tokenizer")
-    model, report = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
+    model, report = transformers.AutoModel.from_pretrained(
+        name, dtype=torch.float32, output_loading_info=True, **options
+    )
     missing = sorted(key for key in report["missing_keys"] if _UNUSED not in key)
     if missing:  # transformers would fill them with random numbers
         raise ValueError(f"its weights lack {', '.join(missing[:3])}")
@@ -548,6 +558,8 @@ def _load(name: str, local_files_only: bool) -> tuple[Any, Any]:
 
 
 def _download(name: str) -> tuple[Any, Any]:
+    from huggingface_hub import model_info  # like `transformers`, for those who need it
+
     try:
         # Asked first and once: transformers itself asks an absent network for most of a minute.
         model_info(name, timeout=10)

@@ -34,7 +34,7 @@ from text_encoder import TextEncoder
 log = logging.getLogger("styletower")
 LEXICON = Path(__file__).parent.parent / "lexicon.json"
 THREADS = 4
-REHEARSALS = 6  # of each thread: a connection prepares a statement when it is asked for the sixth time
+REHEARSALS = 6  # at once on THREADS connections: one prepares a statement when it is asked for the sixth time
 MAX_WAITING = 64  # requests in the pool's queue; beyond, 503 at once
 REQUEST_SECONDS = 5.0
 RETRY_SECONDS = 2.0  # between attempts to open what was missing at the start
@@ -54,6 +54,7 @@ class Service:
         self.reports = ThreadPoolExecutor(1, thread_name_prefix="reports")  # shoppers do not wait behind them
         self.waiting = 0
         self.store: Store | None = None
+        self.encoder: TextEncoder | None = None
         self.recommender: pipeline.Recommender | None = None
         self.reader: LexiconReader | None = None
         self.impressions: ImpressionLog | None = None
@@ -94,21 +95,33 @@ class Service:
     def open(self) -> None:
         """Everything a request needs. Raises UserError or UnavailableError while something is missing; call again."""
         with self.opening:  # two callers must not start two of anything
-            if self.store is None:
-                self.store = Store.open(self.settings, statement_seconds=REQUEST_SECONDS)
-                self.impressions = ImpressionLog(self.store, self.settings.impression_retention_days, self.registry)
-            if self.recommender is None:
-                encoder = TextEncoder.load(self.settings)
-                self.reader = LexiconReader(Lexicon.load(LEXICON))
-                self.recommender = pipeline.Recommender(self.store, self.settings, encoder)
+            if not self.rehearsed:
+                # In threads of their own: those of requests may all be waiting here.
+                with ThreadPoolExecutor(THREADS) as threads:
+                    self._start(threads)
+            assert self.recommender is not None
             self.recommender.live()
             self.running_experiment()  # known before the first request
-            if not self.rehearsed:
-                list(self.pool.map(lambda _: self._rehearse(), range(THREADS * REHEARSALS)))
-                # What is there now stays. Looking through all of it for garbage stops every thread for a third of a second.
-                gc.collect()
-                gc.freeze()
-                self.rehearsed = True
+
+    def _start(self, threads: ThreadPoolExecutor) -> None:
+        encoder = threads.submit(self._text_encoder)  # read while the database starts
+        if self.store is None:
+            self.store = Store.open(self.settings, statement_seconds=REQUEST_SECONDS)
+            self.impressions = ImpressionLog(self.store, self.settings.impression_retention_days, self.registry)
+        if self.recommender is None:
+            self.reader = LexiconReader(Lexicon.load(LEXICON))
+            self.recommender = pipeline.Recommender(self.store, self.settings, encoder.result())
+        self.recommender.live()
+        list(threads.map(lambda _: self._rehearse(), range(THREADS * REHEARSALS)))
+        # What is there now stays. Looking through all of it for garbage stops every thread for a third of a second.
+        gc.collect()
+        gc.freeze()
+        self.rehearsed = True
+
+    def _text_encoder(self) -> TextEncoder:
+        if self.encoder is None:
+            self.encoder = TextEncoder.load(self.settings)
+        return self.encoder
 
     def _rehearse(self) -> None:
         assert self.recommender is not None

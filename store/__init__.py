@@ -4,7 +4,6 @@ from catalog import Rejected
 from store.aliases import Alias, Applied
 from store.database import Store
 from store.events import EventLog, Purchases, PutEvents
-from store.imports import Counts, ImportReport, ImportSession
 from store.impressions import Impression, ShownList
 from store.keys import ApiKey
 from store.products import Commerce, Standing, StoredProduct
@@ -22,14 +21,11 @@ __all__ = [
     "ApiKey",
     "Applied",
     "Commerce",
-    "Counts",
     "EventLog",
     "Filters",
     "Found",
     "Hide",
     "History",
-    "ImportReport",
-    "ImportSession",
     "Impression",
     "ItemRows",
     "Purchases",

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 from pgvector.psycopg import register_vector
@@ -19,12 +19,11 @@ from psycopg_pool import ConnectionPool
 
 from catalog import FeatureSchema
 from settings import Settings, UserError
-from store import embedded, imports
+from store import embedded
 from store.aliases import Aliases
 from store.cache import Cache
 from store.events import Events
 from store.experiments import Experiments
-from store.imports import ImportSession
 from store.impressions import Impressions
 from store.keys import Keys
 from store.products import Products
@@ -36,6 +35,9 @@ from store.sessions import Sessions
 from store.tombstones import Tombstones
 from store.users import Users
 from store.vectors import Vectors
+
+if TYPE_CHECKING:
+    from store.imports import ImportSession
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 MIGRATION_LOCK = 0x5354_0001  # key of the advisory lock that lets one process migrate at a time
@@ -115,6 +117,8 @@ class Store:
     @contextmanager
     def importing(self, source: str) -> Iterator[ImportSession]:
         """One import: all or nothing. `source` names it in the quarantine and as the origin of features."""
+        from store import imports  # with polars, for which no server's start should wait
+
         with imports.importing(self.pool, source) as session:
             yield session
 

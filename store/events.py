@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
-import polars as pl
 from psycopg import Connection
 from psycopg_pool import ConnectionPool
 
@@ -76,14 +75,6 @@ _INTERVALS = """
     WHERE days >= 1
     GROUP BY GROUPING SETS ((category), ()) HAVING category IS NOT NULL OR grouping(category) = 1
 """
-
-_LOG_COLUMNS = {
-    "user_id": pl.String(),
-    "product_id": pl.String(),
-    "kind": pl.String(),
-    "at": pl.Float64(),
-    "context": pl.String(),
-}
 
 
 @dataclass(frozen=True)
@@ -158,7 +149,12 @@ class Events:
             "SELECT user_id, product_id, kind, extract(epoch FROM at)::float8, context FROM events"
             " WHERE %(before)s::timestamptz IS NULL OR at < %(before)s"
         )
-        parts = [pl.DataFrame(schema=_LOG_COLUMNS)]
+        import polars as pl  # who learns from events waits for it, a server does not
+
+        words_and_times = {
+            "user_id": pl.String(), "product_id": pl.String(), "kind": pl.String(), "at": pl.Float64(), "context": pl.String(),
+        }  # fmt: skip
+        parts = [pl.DataFrame(schema=words_and_times)]
         with (
             self._pool.connection() as connection,
             connection.transaction(),
@@ -167,7 +163,7 @@ class Events:
             cursor.execute(query, {"before": before})
             while rows := cursor.fetchmany(READ_ROWS):
                 columns = zip(*rows, strict=True)  # polars takes columns many times faster than rows
-                parts.append(pl.DataFrame(dict(zip(_LOG_COLUMNS, columns, strict=True)), schema=_LOG_COLUMNS))
+                parts.append(pl.DataFrame(dict(zip(words_and_times, columns, strict=True)), schema=words_and_times))
         log = pl.concat(parts)
         words = {name: log[name].unique().sort() for name in ("user_id", "product_id", "kind", "context")}
         numbers = log.select(

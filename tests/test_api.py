@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +21,16 @@ def service():
         environment = {"DATA_DIR": f"{folder}/data", "MODELS_DIR": f"{folder}/models", "DATABASE_URL": ""}
         with serving(environment) as (_, client):
             yield client
+
+
+def test_a_server_imports_nothing_that_only_others_use():
+    """Each of these takes a good part of a second, and a process that is to take over from another has to be there soon."""
+    others = {
+        "accelerate", "huggingface_hub", "openai", "polars", "pytorch_metric_learning", "scipy", "sklearn", "sympy", "transformers",
+    }  # fmt: skip
+    command = f"import sys, api_controller.app; print(sorted({others} & set(sys.modules)))"
+    folder = Path(__file__).parent.parent
+    assert subprocess.run([sys.executable, "-c", command], cwd=folder, capture_output=True, text=True).stdout == "[]\n"
 
 
 def test_alive_but_not_ready_without_a_release(service):

@@ -19,7 +19,7 @@ from catalog import Event, FeatureSchema, Product, RawProduct, Rejected, User
 from datasets import Source, hm
 from datasets.events import event_frame
 from import_data import READERS, SHOWN_REASONS, ImportOptions, import_source, report_lines
-from store import Counts, ImportReport
+from store.imports import Counts, ImportReport
 
 ROOT = Path(__file__).parent.parent
 TABLES = ("products", "users", "events", "feature_schema", "quarantine")

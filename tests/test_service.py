@@ -15,9 +15,10 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
 from api_controller.schemas import RecommendAnswer
+from api_controller.service import THREADS, Service
 from catalog import User
 from release import Release
-from settings import Settings
+from settings import ServiceSettings, Settings
 from store import Store
 from tests.serving import environment_of, eventually, ids, recommend, serving
 from tests.tiny import tiny_text_encoder
@@ -284,3 +285,12 @@ def test_the_embedded_server_stops_with_the_service_and_the_data_stay(data_dir, 
         eventually(lambda: not any(Path(f"/proc/{server}").exists() for server in servers))
     with Store.open(Settings(database_url="", data_dir=data_dir, _env_file=None)) as store:
         assert store.users.get("u1") == User(user_id="u1", profile={"height_cm": 172.0})
+
+
+def test_callers_that_all_wait_for_a_server_to_open_do_not_keep_it_from_opening(shop):
+    service = Service(ServiceSettings(**shop.model_dump(), _env_file=None))
+    try:
+        checks = [service.pool.submit(service.check) for _ in range(THREADS)]
+        assert [check.result(timeout=60) for check in checks] == [""] * THREADS
+    finally:
+        service.close()

@@ -11,8 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from catalog import Event, FeatureSchema, Product, RawProduct, Rejected, User
-from store import Counts, ImportReport
-from store.imports import UNKNOWN_PRODUCT
+from store.imports import UNKNOWN_PRODUCT, Counts, ImportReport
 
 T0 = datetime(2024, 3, 1, 12, 0, 0, 123456, tzinfo=UTC)
 TABLES = ("products", "users", "events", "feature_schema", "quarantine")

@@ -16,8 +16,9 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, DistilBertModel
 
+import distilbert
 import text_encoder
 from settings import Settings, UserError
 from tests.tiny import TINY_WIDTH, tiny_text_encoder
@@ -181,7 +182,8 @@ def test_translations_are_nearer_than_other_titles(e5: TextEncoder) -> None:
 
 def test_pooled_reads_the_prefix_that_the_model_was_trained_with(e5: TextEncoder) -> None:
     text = "Linen shirt"
-    ids = torch.tensor([e5._tokenizer(f"query: {text}")["input_ids"]])
+    (row,) = e5._tokenise([f"query: {text}"], 24)
+    ids = torch.tensor([row.ids])
     with torch.inference_mode():
         mean = e5._model(input_ids=ids).last_hidden_state[0].mean(0).numpy()
     np.testing.assert_allclose(e5.pooled([text])[0], mean / np.linalg.norm(mean), atol=1e-5)
@@ -189,7 +191,7 @@ def test_pooled_reads_the_prefix_that_the_model_was_trained_with(e5: TextEncoder
 
 
 def test_special_words_typed_into_a_title_are_text(e5: TextEncoder) -> None:
-    specials = set(e5._tokenizer.all_special_ids) - {e5._tokenizer.unk_token_id}
+    specials = {e5._tokenizer.backend_tokenizer.token_to_id(word) for word in ("<s>", "</s>", "<pad>", "<mask>")}
     (row,) = e5._tokenise(["</s> <pad> <mask>"], 24)
     inside = [token for token, content in zip(row.ids, row.content, strict=True) if content]
     assert inside
@@ -285,6 +287,42 @@ def test_fingerprint_is_of_the_content_not_of_the_place(encoder: TextEncoder, ti
     assert load(copy).fingerprint != encoder.fingerprint
 
 
+def test_a_distilbert_is_read_without_transformers_and_is_the_same(
+    e5: TextEncoder, encoder: TextEncoder, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [text for pair in TRANSLATIONS for text in pair] + ODD_TEXTS
+    monkeypatch.setattr(distilbert, "can_read", lambda folder: False)
+    for plain in (e5, encoder):
+        assert isinstance(plain._model, distilbert.DistilBert)
+        other = TextEncoder.load(Settings(text_encoder=plain.name, data_dir=data_dir))
+        assert isinstance(other._model, DistilBertModel)
+        assert plain.fingerprint == other.fingerprint
+        for length in (3, 24, 10_000):
+            assert plain._tokenise(texts, length) == other._tokenise(texts, length)
+        assert_same(plain.tokens(texts, batch_size=7), other.tokens(texts, batch_size=7), tolerance=1e-3)
+        np.testing.assert_allclose(plain.pooled(texts), other.pooled(texts), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"architectures": ["DistilBertForMaskedLM"]},  # its weights have other names
+        {"activation": "relu"},
+        {"tie_word_embeddings": None},  # of an earlier version of transformers
+    ],
+)
+def test_what_is_no_plain_distilbert_is_left_to_transformers(
+    change: dict[str, object], tiny: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "other"))
+    config = json.loads((folder / "config.json").read_text()) | change
+    config = {name: value for name, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    other = TextEncoder.load(Settings(text_encoder=str(folder), data_dir=tmp_path))
+    assert isinstance(other._model, DistilBertModel)
+    assert other.tokens(["linen shirt"]).values.shape == (2, TINY_WIDTH)
+
+
 @pytest.mark.parametrize("name", ["nobody/no-such-model", "./no/such/folder", "/no/such/folder", "not a name"])
 def test_unknown_name_is_said(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -351,7 +389,8 @@ def test_tokens_have_no_special_tokens_and_are_cut(encoder: TextEncoder) -> None
     assert np.diff(found.offsets).tolist() == [2, 0, 3, *[0] * len(EMPTY_TEXTS)]
     assert found.values.dtype == np.float16
     assert found.offsets.dtype == np.int64
-    ids = torch.tensor([encoder._tokenizer("linen shirt")["input_ids"]])
+    (row,) = encoder._tokenise(["linen shirt"], 24)
+    ids = torch.tensor([row.ids])
     with torch.inference_mode():
         expected = encoder._model(input_ids=ids).last_hidden_state[0, 1:-1].numpy()
     np.testing.assert_allclose(found[0].astype(np.float32), expected, rtol=1e-3, atol=1e-3)
