@@ -29,6 +29,7 @@ from search_space import SearchSpace
 from settings import Settings, UserError, run_script
 from shop_data import ShopData, validation_start
 from store import ItemRows, Store
+from store.vectors import BuildCost
 from text_encoder import TextEncoder
 from train_user import item_keys, retrieve
 
@@ -109,6 +110,15 @@ def copy_rows(
                 [strengths for _, strengths in links],
             ),
         )
+
+
+def foreseen(cost: BuildCost) -> str:
+    """What to expect of an index build, before it begins."""
+    time = "less than a minute" if cost.seconds < 60 else f"about {cost.seconds / 60:.1f} minutes"
+    memory = f"{cost.megabytes:,.0f} MB of the database server's memory"
+    if not cost.fits:
+        memory += ", in which not all of the graph fits, so that it may take several times as long"
+    return f"building an HNSW index over {cost.rows:,} items: {time}, {memory}"
 
 
 def index_recall(
@@ -204,6 +214,7 @@ def main(options: IndexOptions) -> None:
             return [ids[other] for other in others], strengths.tolist()
 
         copy_rows(store, table, ItemRows(ids, rows, shop.items.std, shop.items.re), space, linked)
+        print(foreseen(store.vectors.build_cost(table, options.hnsw_m, options.ef_construction)))
         with tqdm(total=100, desc="building the HNSW index", unit="%", leave=False) as bar:
             store.vectors.build_index(
                 table, options.hnsw_m, options.ef_construction,

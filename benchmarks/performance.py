@@ -16,17 +16,36 @@ from matplotlib.figure import Figure
 
 from charts import PALETTE, STYLE
 from settings import UserError
+from store.vectors import MOST_INDEX_MEMORY
 
 FILE = Path("docs/performance.json")
 PAGE, CHART = Path("docs/performance.md"), Path("docs/charts/performance-serve.svg")
 FLOOR = "floor: "  # what the metrics of floors begin with
 GROWING = ("p50, ms", "floor of an answer, ms", "CPU of the server, ms a request", "CPU of PostgreSQL, ms a request")
+GROWN = (
+    "p50, ms", "CPU of the server, ms a request", "CPU of PostgreSQL, ms a request", "index build, s",
+    "memory of an index build, MB", "size of the index, MB", "memory of PostgreSQL, MB", "memory of a worker, MB",
+    "throughput, answers a second",
+)  # fmt: skip
+# Where one node ends: a figure that nobody would have worse, and what it is.
+LIMITS = {
+    "p50, ms": (100.0, "what a page can wait for"),
+    "index build, s": (8 * 3600.0, "a night"),
+    "memory of an index build, MB": (
+        MOST_INDEX_MEMORY / 1024,
+        "all that a build takes; beyond, it is several times as slow",
+    ),
+    "size of the index, MB": (65_536.0, "the memory of a node of 64 GB, in which it has to stay"),
+    "throughput, answers a second": (10.0, "too few to run a node for"),
+}
+BETTER_MORE = {"throughput, answers a second"}
 HEAD = """# Speed
 
 Made by `python -m benchmarks.performance` from [performance.json](performance.json), whose rows say which command and commit they
 are of. A ratio is the value over what it is held against: of serving the *floor*, what the physical parts of an answer cost by
 themselves in the same run (an HTTP server that answers as much without work, the bare SQL of a shopper and of 100 candidates, the
-bare forward passes); of training the rate of another library at the same work.
+bare forward passes); of throughput the plain way to make the same lists (`benchmarks/plain.py`); of training the rate of another
+library at the same work.
 """
 
 
@@ -87,6 +106,8 @@ def page(rows: Sequence[Row], chart: str) -> str:
                     f"- {metric}: {_tenfold(by, sizes, metric)}" for metric in GROWING if (sizes[0], metric) in by
                 )
             )
+            parts += _beyond(by, sizes)
+    parts += _index_kinds([row for row in rows if row.bench == "index"])
     trained = [row for row in rows if row.bench == "train"]
     if trained:
         lines = ["| | ours | theirs | ratio |", "|---|---|---|---|"]
@@ -96,6 +117,74 @@ def page(rows: Sequence[Row], chart: str) -> str:
         ]
         parts += [f"## Training ({trained[0].items:,} products)", "\n".join(lines)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _beyond(by: dict[tuple[int, str], Row], sizes: Sequence[int]) -> list[str]:
+    """What the next tenfold costs, and where one node ends, if all goes on growing as between the two largest sizes."""
+    before, last = sizes[-2:]
+    power = {
+        metric: math.log(by[last, metric].value / by[before, metric].value) / math.log(last / before)
+        for metric in GROWN
+        if all(by.get((size, metric)) and by[size, metric].value > 0 for size in (before, last))
+    }
+    if not power:
+        return []
+    lines = [f"| | {last:,} products | {10 * last:,} products |", "|---|---|---|"]
+    lines += [
+        f"| {metric} | {_number(by[last, metric].value)} | {_number(by[last, metric].value * 10**exponent)} |"
+        for metric, exponent in power.items()
+    ]
+    ends, never = [], []
+    for metric, (limit, what) in LIMITS.items():
+        if metric not in power:
+            continue
+        sign = -1 if metric in BETTER_MORE else 1
+        growth, left = sign * power[metric], sign * math.log(limit / by[last, metric].value)
+        if left <= 0:
+            ends.append((math.log(last), metric, limit, what))
+        elif growth > 0:
+            ends.append((math.log(last) + left / growth, metric, limit, what))
+        else:
+            never.append(metric)
+    parts = [
+        "## Beyond",
+        f"The next tenfold, if it costs as much more as from {before:,} to {last:,} products. Nobody measured it:",
+        "\n".join(lines),
+    ]
+    if ends:
+        parts.append("One node ends, by the same growth, where the first of these is reached:")
+        parts.append(
+            "\n".join(
+                f"- {metric} {_number(limit)} ({what}): at about {_rough(size)} products"
+                for size, metric, limit, what in sorted(ends)
+            )
+        )
+    if never:
+        parts.append(f"Not by the size of the catalogue: {'; '.join(never)}.")
+    return parts
+
+
+def _rough(log_size: float) -> str:
+    """Of a power of e, two digits of it: nobody knows more."""
+    if log_size > math.log(1e12):
+        return "more than a million million"
+    size = math.exp(log_size)
+    step = 10 ** (math.floor(math.log10(size)) - 1)
+    return f"{round(size / step) * step:,.0f}"
+
+
+def _index_kinds(rows: Sequence[Row]) -> list[str]:
+    """Half precision in the index beside single, at each size."""
+    parts = []
+    for size in sorted({row.items for row in rows}):
+        lines = ["| | halfvec | vector | ratio |", "|---|---|---|---|"]
+        lines += [
+            f"| {row.metric} | {_number(row.value)} | {_number(row.floor)} | {row.ratio or math.nan:.2f} |"
+            for row in rows
+            if row.items == size
+        ]
+        parts += [f"## Half precision in the index ({size:,} products)", "\n".join(lines)]
+    return parts
 
 
 def _tenfold(by: dict[tuple[int, str], Row], sizes: Sequence[int], metric: str) -> str:

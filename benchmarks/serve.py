@@ -2,7 +2,8 @@
 
 For each size a shop is made (big_shop.py), the real server started on it and asked by another process: for a known shopper of 20
 events, 20 items, with no context. One request at a time gives the latency, eight at a time the throughput, requests at half of that
-rate at moments of their own, whatever the server does, the tail (an open loop: waiting counts). In the same run the floors: an HTTP
+rate at moments of their own, whatever the server does, the tail (an open loop: waiting counts). Then the same requests are put to
+the plain way (plain.py). In the same run the floors: an HTTP
 server that answers as much without work, the bare SQL of one shopper and of 100 candidates, the bare forward passes. Their sum is
 what an answer costs at least; the ratio to it is what this program adds.
 
@@ -287,6 +288,10 @@ def measure(
         note("recall@100 of the index", found)
         note("hnsw.ef_search", ef_search)
         note("index build, s", release.manifest["index"]["seconds"])
+        note("memory of an index build, MB", store.vectors.build_cost(RELEASE).megabytes)
+        with store.pool.connection() as connection:
+            size = connection.execute("SELECT pg_indexes_size(%s::regclass)", (table_of(RELEASE).as_string(None),))
+            note("size of the index, MB", float(size.fetchall()[0][0]) / 2**20)
 
         with serving("benchmarks.serve:echo", {}, "--factory") as (_, address, _):
             ask(address, bodies(WARM_UP, 0))
@@ -327,12 +332,20 @@ def measure(
             note("p50 with a context text that is new, ms", float(np.median(ask(address, texts))), p50)
             load = bodies(2000, 7, explain=False)
             most = asker.submit(at_once, address, load, options.seconds).result()
-            note("throughput, answers a second", most)
             waited = 1000 * np.array(asker.submit(at_moments, address, load, most / 2, options.seconds).result())
             note("p50 at half the throughput, ms", float(np.percentile(waited, 50)))
             note("p99 at half the throughput, ms", float(np.percentile(waited, 99)), float(np.percentile(waited, 50)))
             note("memory of a worker, MB", _memory([server]))
             note("memory of PostgreSQL, MB", _memory(_postgres(settings.data_dir)))
+
+        environment["OMP_NUM_THREADS"] = str(os.cpu_count())  # as many threads as PyTorch takes by itself
+        with serving("benchmarks.plain:app", environment, "--factory") as (_, address, _):
+            ask(address, bodies(WARM_UP, 3, explain=False))
+            alone = ask(address, bodies(options.requests, 4, explain=False))
+            plain = asker.submit(at_once, address, load, options.seconds).result()
+        note("p50, the plain way, ms", float(np.median(alone)), p50)
+        note("throughput, the plain way, answers a second", plain)
+        note("throughput, answers a second", most, plain)
     return figures
 
 

@@ -33,6 +33,7 @@ EXACT_FACTOR = 2.2
 # Counting up to that bound takes longer than an index search, so it is left out when the planner's estimate is this
 # many times above it.
 ESTIMATE_MARGIN = 2
+MOST_INDEX_MEMORY = 4 * 1024 * 1024  # kB that an index build may take, whatever it needs
 DEFAULT_EF_SEARCH = 200  # recall@100 is .998 and up at 300,000 items
 MAX_EF_SEARCH = 1000  # pgvector's own bound
 
@@ -41,6 +42,7 @@ _UNFINISHED = "~new"  # after the name of a release whose table is being built
 _RELEASE = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}(~new)?")  # with prefix and index suffix within PostgreSQL's 63 bytes
 USUAL, OUTSTANDING, UNTOUCHED = range(3)  # the parts of an index, see search_space.py
 PARTS = 3
+SAMPLED_ROWS = 5_000  # of which an index is built to foresee how long one of all will take: half a second
 DELETE_WAIT = "200ms"  # for a table on which an index is being built; see `delete`
 _COLUMNS = sql.SQL("product_id, vector, placed, part, std_ids, re_ids, linked, link_strength")
 # The wire form as bytes: a hundred rows become one array at once (`stack_vectors`, `stack_ids`), not number by number.
@@ -254,6 +256,16 @@ class Found:
         return self.take(np.array([row for row, id_ in enumerate(self.product_ids) if id_ not in ids], dtype=int))
 
 
+@dataclass(frozen=True)
+class BuildCost:
+    """What an index build will take, about."""
+
+    rows: int
+    seconds: float
+    megabytes: float  # of the server's memory, for the largest part
+    fits: bool  # the graph is built in so much memory; else much of it on disk, several times as slowly
+
+
 class Vectors:
     def __init__(self, pool: ConnectionPool[Connection[Any]]) -> None:
         self._pool = pool
@@ -296,6 +308,34 @@ class Vectors:
             copy.set_types(["text", "vector", "halfvec", "int2", "int4[]", "int4[]", "text[]", "float4[]"])
             for row in _adapted(rows):
                 copy.write_row(row)
+
+    def build_cost(self, release: str, m: int = 16, ef_construction: int = 64) -> BuildCost:
+        """Foreseen from an index over a few of the rows, built now by one process, as n log n."""
+        table = table_of(release)
+        with self._pool.connection() as connection:
+            counts = connection.execute(sql.SQL("SELECT count(*) FROM {} GROUP BY part").format(table)).fetchall()
+            rows, largest = sum(count for (count,) in counts), max((count for (count,) in counts), default=0)
+            seconds = 0.0
+            with connection.transaction(force_rollback=True):
+                connection.execute("SELECT set_config('max_parallel_maintenance_workers', '0', true)")
+                connection.execute(
+                    sql.SQL("CREATE TEMP TABLE sample AS SELECT placed FROM {} ORDER BY product_id LIMIT {}").format(
+                        table, SAMPLED_ROWS
+                    )
+                )
+                row = connection.execute("SELECT vector_dims(placed) FROM sample LIMIT 1").fetchone()
+                dimensions = 0 if row is None else row[0]
+                if rows > SAMPLED_ROWS:  # else it is there in a moment
+                    started = time.perf_counter()
+                    connection.execute(
+                        sql.SQL(
+                            "CREATE INDEX ON sample USING hnsw (placed halfvec_ip_ops) WITH (m = {}, ef_construction = {})"
+                        ).format(sql.Literal(m), sql.Literal(ef_construction))
+                    )
+                    seconds = time.perf_counter() - started
+                    seconds *= rows * math.log(rows) / (SAMPLED_ROWS * math.log(SAMPLED_ROWS))
+        memory = _index_memory(largest, dimensions, m)
+        return BuildCost(rows, seconds, memory / 1024, memory < MOST_INDEX_MEMORY)
 
     def build_index(
         self,
@@ -615,7 +655,7 @@ def _index_memory(rows: int, dimensions: int, m: int) -> int:
     When it does not fit, the rest is inserted row by row into the index on disk, three times as slowly.
     """
     bytes_needed = rows * (256 + 2 * dimensions + 64 * m) * 5 // 4
-    return int(np.clip(bytes_needed // 1024, 64 * 1024, 4 * 1024 * 1024))
+    return int(np.clip(bytes_needed // 1024, 64 * 1024, MOST_INDEX_MEMORY))
 
 
 def _adapted(rows: ItemRows) -> Iterable[tuple[Any, ...]]:

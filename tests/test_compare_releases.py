@@ -14,6 +14,7 @@ from release import USER_TOWER_HOLDOUT, ItemEncoder, Release
 from settings import Settings, UserError
 from shop_data import ShopData
 from store import Store
+from store.vectors import BuildCost
 from tests.releases import spoil
 from text_encoder import TextEncoder
 
@@ -48,7 +49,13 @@ def test_figures_of_other_days_decide_nothing(shop, capsys):
     say(newer(shop), 0.01)
     index(shop, margin=0.0)
     assert Release.current(shop.models_dir) == "newer"
-    assert "which neither learned from" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "which neither learned from" in said
+    items = Release.open(shop.models_dir).manifest["index"]["items"]
+    assert (
+        f"building an HNSW index over {items} items: less than a minute, 64 MB of the database server's memory\n"
+        in said
+    )
 
 
 def test_what_foresees_the_same_events_worse_stays_out_however_well_it_speaks_of_itself(shop):
@@ -124,3 +131,18 @@ def test_a_new_release_that_cannot_be_judged_stays_out(shop):
     with pytest.raises(UserError, match=f"{USER_TOWER_HOLDOUT} is missing or not the file"):
         index(shop, margin=1.0)
     assert Release.current(shop.models_dir) == live
+
+
+@pytest.mark.parametrize(
+    ("cost", "said"),
+    [
+        (BuildCost(200, 0.0, 64.0, True), "over 200 items: less than a minute, 64 MB of the database server's memory"),
+        (BuildCost(1_000_000, 270.0, 1834.4, True), "over 1,000,000 items: about 4.5 minutes, 1,834 MB of"),
+        (
+            BuildCost(9_000_000, 6000.0, 4096.0, False),
+            "in which not all of the graph fits, so that it may take several",
+        ),
+    ],
+)
+def test_what_a_build_takes_is_said_first(cost, said):
+    assert said in build_index.foreseen(cost)

@@ -254,6 +254,18 @@ def test_the_build_tells_its_progress(shop):
     assert all(0.0 <= share <= 1.0 for share in shares)
 
 
+def test_what_a_build_takes_is_foreseen_from_a_few_rows(shop, monkeypatch):
+    few = shop.vectors.build_cost(RELEASE)
+    assert (few.rows, few.seconds, few.fits) == (N, 0.0, True)
+    monkeypatch.setattr(vectors, "SAMPLED_ROWS", N // 2)
+    sampled = shop.vectors.build_cost(RELEASE)
+    assert 0.0 < sampled.seconds < 60.0
+    assert sampled.megabytes == few.megabytes > 0
+    monkeypatch.setattr(vectors, "MOST_INDEX_MEMORY", 64 * 1024)
+    assert not shop.vectors.build_cost(RELEASE).fits
+    shop.vectors.build_index(RELEASE)  # nothing of it stands in the way
+
+
 def test_a_second_index_is_an_error_that_leaves_the_store_usable(indexed):
     with pytest.raises(Exception, match="already exists"):
         indexed.vectors.build_index(RELEASE)
