@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tensors import POSITION, RerankBatch
+from vocab import PAD
 
 # deepctr_torch.utils asks a package index for its newest version from a thread at import, with no time-out, and needs an
 # undeclared package to do so. A stand-in registered first keeps imports quiet, offline and fast.
@@ -62,6 +63,7 @@ STD_TABLE, RE_TABLE = "STD_table", "RE_table"
 RETRIEVAL = "retrieval"  # of the dense features, the one that an order starts from
 
 ROW_LENGTH = 0.5  # of a transferred row
+EPSILON = 1e-8  # in the divisor of a mean, as in deepctr-torch
 
 # deepctr-torch carries ids in a float32 tensor, which counts exactly only up to here; beyond, an id becomes its neighbour.
 MAX_TABLE_ROWS = 2**24
@@ -201,6 +203,7 @@ class FusedDeepFM(nn.Module):
 
     std_table: Tensor
     re_table: Tensor
+    std_fields: Tensor  # float32 [STD fields, std slots], 1 where a slot is of a field
     dense_weight: Tensor
     bias: Tensor
     user_first: Tensor
@@ -211,8 +214,11 @@ class FusedDeepFM(nn.Module):
         super().__init__()
         self.config = config
         linear, dim = model.linear_model, config.embedding_dim
-        self.register_buffer("std_table", joined_table(model, STD_TABLE).detach())
-        self.register_buffer("re_table", joined_table(model, RE_TABLE).detach())
+        # The rows of padding are 0, so that sums need not leave them out; training lets them drift a little.
+        for name, table in (("std_table", STD_TABLE), ("re_table", RE_TABLE)):
+            self.register_buffer(name, joined_table(model, table).detach().index_fill(0, torch.tensor([PAD]), 0.0))
+        slots = [torch.ones(1, count) for count in config.std_slots.values()]
+        self.register_buffer("std_fields", torch.block_diag(*slots))
         # A feature that is always 0 needs no weight.
         user_dense = len(config.user_dense)
         item_dense = sum(name != POSITION for name in config.item_dense)
@@ -245,9 +251,9 @@ class FusedDeepFM(nn.Module):
         return torch.stack([_mean(self.std_table, std), _mean(self.re_table, re)], dim=1)
 
     def embed_std(self, ids: Tensor) -> Tensor:
-        """[..., STD fields, dim + 1] of ids [..., std slots]."""
-        fields = ids.split(list(self.config.std_slots.values()), dim=-1)
-        return torch.stack([_mean(self.std_table, field) for field in fields], dim=-2)
+        """[..., STD fields, dim + 1] of ids [..., std slots], all fields at once."""
+        known = (ids != PAD).to(self.std_table.dtype) @ self.std_fields.T
+        return (self.std_fields @ F.embedding(ids, self.std_table)) / (known.unsqueeze(-1) + EPSILON)
 
     def embed_re(self, ids: Tensor) -> Tensor:
         """[..., 1, dim + 1] of ids [..., re slots]."""
@@ -293,6 +299,6 @@ def _copy_linear(layer: nn.Linear) -> nn.Linear:
 
 
 def _mean(table: Tensor, ids: Tensor) -> Tensor:
-    """Mean of the rows of the ids that are not padding: [..., dim + 1]. deepctr-torch's divisor carries 1e-8 as well."""
-    mask = (ids != 0).unsqueeze(-1).to(table.dtype)
-    return (F.embedding(ids, table) * mask).sum(-2) / (mask.sum(-2) + 1e-8)
+    """Mean of the rows of the ids that are not padding: [..., dim + 1]."""
+    mask = (ids != PAD).unsqueeze(-1).to(table.dtype)
+    return (F.embedding(ids, table) * mask).sum(-2) / (mask.sum(-2) + EPSILON)

@@ -482,7 +482,7 @@ def rerank_batch(
     collaborative = slice(item_width + popularity_width, None)
 
     def part(columns: slice) -> np.ndarray:
-        return np.einsum("bd,bnd->bn", query[:, columns], rows[:, :, columns])
+        return np.asarray((rows[:, :, columns] @ query[:, columns, None])[:, :, 0])
 
     retrieval = scores - scores.mean(axis=1, keepdims=True)
     norm = np.linalg.norm(query[:, unit], axis=1, keepdims=True)

@@ -3,9 +3,10 @@
 For each size a shop is made (big_shop.py), the real server started on it and asked by another process: for a known shopper of 20
 events, 20 items, with no context. One request at a time gives the latency, eight at a time the throughput, requests at half of that
 rate at moments of their own, whatever the server does, the tail (an open loop: waiting counts). Then the same requests are put to
-the plain way (plain.py). In the same run the floors: an HTTP
-server that answers as much without work, the bare SQL of one shopper and of 100 candidates, the bare forward passes. Their sum is
-what an answer costs at least; the ratio to it is what this program adds.
+the plain way (plain.py). In the same run the floors: an HTTP server that answers as much without work, the bare SQL of one shopper
+and of 100 candidates, the bare forward passes. Their sum is what an answer costs at least; the ratio to it is what this program
+adds. Each floor is measured over and over, by itself; what the same parts cost in turn, when each has pushed the others out of the
+processor's caches, stands beside it.
 
 Everything shares the machine: server, PostgreSQL and whoever asks. Rows go to docs/performance.json.
 """
@@ -44,13 +45,14 @@ from results import commit
 from settings import Settings, run_script
 from store import Store
 from store.vectors import table_of
-from tensors import MAX_HISTORY_IDS, RerankBatch
+from tensors import MAX_HISTORY_IDS, RerankBatch, UserBatch
 
 WARM_UP = 50  # requests before any is counted
 CANDIDATES = 100
 K = 20
 AT_ONCE = 8
 FILTERS = {"10 %": 0.1, "1 %": 0.01, "0.1 %": 0.001}  # shares of the products that a bound on the price keeps
+IN_TURN = "in turn"  # of the floors, what is no part by itself
 CHECKED = 100  # queries whose lists are compared with exact search
 
 
@@ -188,9 +190,12 @@ def echo() -> FastAPI:
     return app
 
 
-def sql_floors(store: Store, release: Release, queries: np.ndarray) -> tuple[float, float]:
-    """Median milliseconds of a shopper's latest events with their items' rows, and of 100 nearest items with their features, each
-    one prepared statement on a connection of its own."""
+def floors(store: Store, release: Release, base: big_shop.Base, queries: np.ndarray) -> dict[str, float]:
+    """Median milliseconds of the physical parts of an answer: each over and over, with all that it needs in the processor's caches,
+    and all of them in turn, as an answer needs them."""
+    torch.set_num_threads(1)
+    tower, reranker = release.user_tower(), release.reranker()
+    batch, ranked = forward_inputs(release, base)
     table = table_of(RELEASE).as_string(None)
     ef_search = release.manifest["index"]["ef_search"]
     space = release.search_space()
@@ -211,20 +216,25 @@ def sql_floors(store: Store, release: Release, queries: np.ndarray) -> tuple[flo
             def ask(statement: str, value: Any) -> None:
                 cursor.execute(statement, (value,), prepare=True).fetchall()
 
-            users = _medians(lambda n: ask(shopper, f"u{n * 7 % SHOPPERS}"))
-            items = _medians(lambda n: ask(nearest, space.query(queries[n % len(queries)])))
+            parts: dict[str, Callable[[int], object]] = {
+                "SQL of a shopper": lambda n: ask(shopper, f"u{n * 7 % SHOPPERS}"),
+                "user tower": lambda n: tower(batch),
+                "SQL of candidates": lambda n: ask(nearest, space.query(queries[n % len(queries)])),
+                "reranker": lambda n: reranker(ranked),
+            }
+            with torch.inference_mode():
+                found = {name: _median(part) for name, part in parts.items()}
+                found[IN_TURN] = _median(lambda n: [part(n) for part in parts.values()])
         connection.execute("RESET hnsw.ef_search")
         connection.execute("RESET enable_seqscan")
-    return users, items
+    return found
 
 
-def forward_floors(release: Release, base: big_shop.Base) -> tuple[float, float]:
-    """Median milliseconds of the user tower on one shopper, and of the reranker on 100 candidates, on one thread."""
-    torch.set_num_threads(1)
-    tower, reranker = release.user_tower(), release.reranker()
+def forward_inputs(release: Release, base: big_shop.Base) -> tuple[UserBatch, RerankBatch]:
+    """One shopper, and 100 candidates."""
     random = np.random.default_rng(0)
+    tower, config = release.user_tower(), release.reranker_config()
     batch = big_shop.shoppers_batch(release, base, base.rows.vectors, random, tower.config.text_width)
-    config = reranker.config
 
     def ids(rows: int, *shape: int) -> torch.Tensor:
         return torch.from_numpy(random.integers(1, rows, shape))
@@ -237,11 +247,10 @@ def forward_floors(release: Release, base: big_shop.Base) -> tuple[float, float]
         item_re=ids(config.re_rows, 1, CANDIDATES, config.re_slots),
         item_dense=torch.zeros(1, CANDIDATES, len(config.item_dense)),
     )
-    with torch.inference_mode():
-        return _medians(lambda _: tower(batch)), _medians(lambda _: reranker(ranked))
+    return batch, ranked
 
 
-def _medians(run: Callable[[int], object], times: int = 300) -> float:
+def _median(run: Callable[[int], object], times: int = 300) -> float:
     for number in range(WARM_UP):
         run(number)
     found = []
@@ -296,15 +305,13 @@ def measure(
         with serving("benchmarks.serve:echo", {}, "--factory") as (_, address, _):
             ask(address, bodies(WARM_UP, 0))
             http = float(np.median(ask(address, bodies(options.requests, 1))))
-        sql_user, sql_items = sql_floors(store, release, queries)
-        tower, reranker = forward_floors(release, base)
-        floor = http + sql_user + sql_items + tower + reranker
-        for name, value in (
-            ("HTTP", http), ("SQL of a shopper", sql_user), ("SQL of candidates", sql_items), ("user tower", tower),
-            ("reranker", reranker),
-        ):  # fmt: skip
+        parts = {"HTTP": http, **floors(store, release, base, queries)}
+        in_turn = http + parts.pop(IN_TURN)
+        for name, value in parts.items():
             note(f"{FLOOR}{name}, ms", value)
+        floor = sum(parts.values())
         note("floor of an answer, ms", floor)
+        note("floor of an answer, its parts in turn, ms", in_turn, floor)
 
         with serving("api_controller.app:app", environment) as (server, address, ready):
             first = ask(address, bodies(20, 2, explain=False))
