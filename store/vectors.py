@@ -36,6 +36,7 @@ ESTIMATE_MARGIN = 2
 MOST_INDEX_MEMORY = 4 * 1024 * 1024  # kB that an index build may take, whatever it needs
 DEFAULT_EF_SEARCH = 200  # recall@100 is .998 and up at 300,000 items
 MAX_EF_SEARCH = 1000  # pgvector's own bound
+MAX_M, MAX_EF_CONSTRUCTION = 100, 1000  # likewise
 
 _PREFIX = "item_vectors_"
 _UNFINISHED = "~new"  # after the name of a release whose table is being built
@@ -377,6 +378,10 @@ class Vectors:
     def _build_part(
         self, connection: Connection[Any], release: str, part: int, rows: int, m: int, ef_construction: int
     ) -> None:
+        if part == OUTSTANDING:
+            # They are few, and most searches end among them. Of a great catalogue's best sellers many are much alike, and a search
+            # does not reach all of such a crowd by the links that are enough elsewhere.
+            m, ef_construction = min(MAX_M, 2 * m), min(MAX_EF_CONSTRUCTION, 3 * ef_construction)
         statement = sql.SQL(
             "CREATE INDEX {} ON {} USING hnsw (placed halfvec_ip_ops) WITH (m = {}, ef_construction = {}) WHERE part = {}"
         ).format(
