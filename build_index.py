@@ -44,7 +44,7 @@ class IndexOptions(Settings):
     release: str = Field("", description="release to index; empty is the newest one")
     live: bool = Field(True, description="make the release live when every check passes")
     recall: float = Field(
-        0.99, ge=0, le=1, description="searches are widened until the index finds so much of exact search"
+        0.995, ge=0, le=1, description="searches are widened until the index finds so much of exact search"
     )
     min_recall: float = Field(0.95, ge=0, le=1, description="an index that finds less, however wide, does not go live")
     margin: float = Field(

@@ -444,6 +444,19 @@ def test_the_parts_of_an_index_answer_as_one_and_the_untouched_have_their_share(
         assert search(0, new=5).product_ids == untouched[:5]
 
 
+@pytest.mark.parametrize(("given", "outstanding"), [((8, 40), (16, 120)), ((60, 400), (100, 1000))])
+def test_the_outstanding_are_linked_with_more_care_within_what_pgvector_takes(shop, given, outstanding):
+    shop.vectors.build_index(RELEASE, *given)
+    with shop.pool.connection() as connection:
+        found = connection.execute(
+            "SELECT reloptions FROM pg_class WHERE relname LIKE '%hnsw_' ORDER BY relname"  # of the parts, in order
+        ).fetchall()
+    expected = {part: outstanding if part == vectors.OUTSTANDING else given for part in range(vectors.PARTS)}
+    assert [set(options) for (options,) in found] == [
+        {f"m={m}", f"ef_construction={ef}"} for _, (m, ef) in sorted(expected.items())
+    ]
+
+
 # --- links ------------------------------------------------------------------------------------------------------------
 
 
