@@ -45,7 +45,8 @@ Made by `python -m benchmarks.performance` from [performance.json](performance.j
 are of. A ratio is the value over what it is held against: of serving the *floor*, what the physical parts of an answer cost by
 themselves in the same run (an HTTP server that answers as much without work, the bare SQL of a shopper and of 100 candidates, the
 bare forward passes); of throughput the plain way to make the same lists (`benchmarks/plain.py`); of training the rate of another
-library at the same work.
+library at the same work. Times are those of a machine of two cores at that hour, shared by server, database and whoever asks;
+ratios are of one run, and carry over.
 """
 
 
@@ -155,7 +156,7 @@ def _beyond(by: dict[tuple[int, str], Row], sizes: Sequence[int]) -> list[str]:
         parts.append("One node ends, by the same growth, where the first of these is reached:")
         parts.append(
             "\n".join(
-                f"- {metric} {_number(limit)} ({what}): at about {_rough(size)} products"
+                f"- {metric} {_number(limit)} ({what}): at {_rough(size)} products"
                 for size, metric, limit, what in sorted(ends)
             )
         )
@@ -170,7 +171,7 @@ def _rough(log_size: float) -> str:
         return "more than a million million"
     size = math.exp(log_size)
     step = 10 ** (math.floor(math.log10(size)) - 1)
-    return f"{round(size / step) * step:,.0f}"
+    return f"about {round(size / step) * step:,.0f}"
 
 
 def _index_kinds(rows: Sequence[Row]) -> list[str]:
