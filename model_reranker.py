@@ -214,9 +214,11 @@ class FusedDeepFM(nn.Module):
         super().__init__()
         self.config = config
         linear, dim = model.linear_model, config.embedding_dim
-        # The rows of padding are 0, so that sums need not leave them out; training lets them drift a little.
-        for name, table in (("std_table", STD_TABLE), ("re_table", RE_TABLE)):
-            self.register_buffer(name, joined_table(model, table).detach().index_fill(0, torch.tensor([PAD]), 0.0))
+        # The row of padding is 0, so that `embed_std` need not leave it out of sums; training lets it drift a little.
+        std_table = joined_table(model, STD_TABLE).detach()
+        std_table[PAD] = 0.0
+        self.register_buffer("std_table", std_table)
+        self.register_buffer("re_table", joined_table(model, RE_TABLE).detach())
         slots = [torch.ones(1, count) for count in config.std_slots.values()]
         self.register_buffer("std_fields", torch.block_diag(*slots))
         # A feature that is always 0 needs no weight.

@@ -80,7 +80,8 @@ async def recommend(
         "experiment": assignment.experiment.name if assignment.experiment and arm else None,
         "arm": arm.name if arm else None,
     }
-    # As it is: its fields are those of a RecommendAnswer, and models of each item and reason would only copy them.
+    # As it is: its fields are those of a RecommendAnswer, and models of each item and reason would only copy them. `kind` is first
+    # for people who read it.
     return Response(orjson.dumps({"kind": answer.kind, **counted, **vars(answer)}), media_type="application/json")
 
 

@@ -52,7 +52,6 @@ CANDIDATES = 100
 K = 20
 AT_ONCE = 8
 FILTERS = {"10 %": 0.1, "1 %": 0.01, "0.1 %": 0.001}  # shares of the products that a bound on the price keeps
-IN_TURN = "in turn"  # of the floors, what is no part by itself
 CHECKED = 100  # queries whose lists are compared with exact search
 
 
@@ -190,9 +189,9 @@ def echo() -> FastAPI:
     return app
 
 
-def floors(store: Store, release: Release, base: big_shop.Base, queries: np.ndarray) -> dict[str, float]:
-    """Median milliseconds of the physical parts of an answer: each over and over, with all that it needs in the processor's caches,
-    and all of them in turn, as an answer needs them."""
+def floors(store: Store, release: Release, base: big_shop.Base, queries: np.ndarray) -> tuple[dict[str, float], float]:
+    """Median milliseconds of the physical parts of an answer: of each over and over, with all that it needs in the processor's
+    caches, and of all in turn, as an answer needs them."""
     torch.set_num_threads(1)
     tower, reranker = release.user_tower(), release.reranker()
     batch, ranked = forward_inputs(release, base)
@@ -223,11 +222,11 @@ def floors(store: Store, release: Release, base: big_shop.Base, queries: np.ndar
                 "reranker": lambda n: reranker(ranked),
             }
             with torch.inference_mode():
-                found = {name: _median(part) for name, part in parts.items()}
-                found[IN_TURN] = _median(lambda n: [part(n) for part in parts.values()])
+                alone = {name: _median(part) for name, part in parts.items()}
+                in_turn = _median(lambda n: [part(n) for part in parts.values()])
         connection.execute("RESET hnsw.ef_search")
         connection.execute("RESET enable_seqscan")
-    return found
+    return alone, in_turn
 
 
 def forward_inputs(release: Release, base: big_shop.Base) -> tuple[UserBatch, RerankBatch]:
@@ -305,13 +304,13 @@ def measure(
         with serving("benchmarks.serve:echo", {}, "--factory") as (_, address, _):
             ask(address, bodies(WARM_UP, 0))
             http = float(np.median(ask(address, bodies(options.requests, 1))))
-        parts = {"HTTP": http, **floors(store, release, base, queries)}
-        in_turn = http + parts.pop(IN_TURN)
+        parts, in_turn = floors(store, release, base, queries)
+        parts = {"HTTP": http, **parts}
         for name, value in parts.items():
             note(f"{FLOOR}{name}, ms", value)
         floor = sum(parts.values())
         note("floor of an answer, ms", floor)
-        note("floor of an answer, its parts in turn, ms", in_turn, floor)
+        note("floor of an answer, its parts in turn, ms", http + in_turn, floor)
 
         with serving("api_controller.app:app", environment) as (server, address, ready):
             first = ask(address, bodies(20, 2, explain=False))
