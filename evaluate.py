@@ -62,6 +62,7 @@ class EvaluateOptions(Settings):
     peers: Path | None = Field(
         None, description="python of the environment of benchmarks/peers/requirements.txt: measure these libraries too"
     )
+    peer: list[str] = Field([], description=f"of these alone; of {', '.join(PEER_SCRIPTS)}")
     limit: int = Field(0, ge=0, description="judge only so many shoppers (0: all); nothing is written then")
     shown: bool = Field(True, description="save example lists, learning curves and a map of the items for the page too")
     per_shopper: Path | None = Field(
@@ -146,6 +147,8 @@ def main(options: EvaluateOptions) -> None:
         return
     if options.folder is None and options.what != "sample-week":
         raise UserError(f"{options.what} needs the folder of the data set")
+    if unknown := [name for name in options.peer if name not in PEER_SCRIPTS]:
+        raise UserError(f"there is no peer {unknown[0]!r}; there are: {', '.join(PEER_SCRIPTS)}")
     torch.set_num_threads(1)  # one small forward a request: more threads only wait for each other
     cuts = {"hm-week": HM_CUT, "s3rec-beauty": S3REC_CUT, "sample-week": SAMPLE_CUT}
     cut = cuts.get(options.what, RTR_CUT)
@@ -189,10 +192,11 @@ def main(options: EvaluateOptions) -> None:
             if found is not None:
                 lists[name, "retrieval"] = found
     if options.peers:
-        for name, script in PEER_SCRIPTS.items():
+        for name in options.peer or PEER_SCRIPTS:
             found = peer_lists(
-                options.peers, script, split, [case.user_id for case in cases], RETRIEVED, options.data_dir / "peers"
-            )
+                options.peers, PEER_SCRIPTS[name], split, [case.user_id for case in cases], RETRIEVED,
+                options.data_dir / "peers",
+            )  # fmt: skip
             if found is not None:
                 lists[name, "retrieval"] = found
 

@@ -211,14 +211,14 @@ def _leave_out(
     _lose_links(store, loaded, plan, sought, parts, together, variant)
     bonus = np.zeros((count, len(found.product_ids)))
     if plan.kind == "basket":
-        bonus = weights[0] * together
+        bonus = weights.gain(together, 0.0)
     elif sought.bonus is not None:
         bonus += sought.bonus
         for row, part in enumerate(parts, start=1):
             if plan.anchor is not None and isinstance(part, _Product) and part.product_id == plan.anchor.product_id:
                 bonus[row] = 0.0
     by_query = query @ found.vectors.T
-    retrieval = by_query + weights[0] * together + weights[1] * variant
+    retrieval = by_query + weights.gain(together, variant)
     features = _features(loaded, sought, chosen, without_past, query, retrieval, together, variant)
     model = loaded.reranker
     items = model.embed_std(features.item_std[:1]), model.embed_re(features.item_re[:1])
@@ -329,8 +329,8 @@ def _of_part(
         # What of the loss at retrieval is most.
         by_kind = {
             "history": fall(left.by_query),
-            "taken_together": loaded.link_weights[0] * fall(left.together) + fall(left.bonus),
-            "variant": loaded.link_weights[1] * fall(left.variant),
+            "taken_together": fall(loaded.link_weights.gain(left.together, 0.0)) + fall(left.bonus),
+            "variant": loaded.link_weights.variant * fall(left.variant),
         }
         kind = max(by_kind, key=lambda name: by_kind[name])
         if kind == "history":

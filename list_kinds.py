@@ -29,7 +29,7 @@ from loaded_release import LoadedRelease
 from rule_search import Limits, Search
 from settings import Settings
 from store import Found, History, Purchases, Store, UserState
-from tensors import DAY, KIND_WEIGHTS, OTHER_KIND_WEIGHT
+from tensors import DAY, KIND_WEIGHTS, LINK_SCALE, OTHER_KIND_WEIGHT, LinkWeights
 
 if TYPE_CHECKING:
     from recommender import Request
@@ -252,15 +252,14 @@ class ListKinds:
         def finished(found: Found) -> Sought:
             if plan.anchor_vector is None:
                 return Sought(found)
-            together, variant = loaded.link_weights
-            found = _ordered(found, _product(found, query) + together * found.together + variant * found.variant)
+            found = _ordered(found, _product(found, query) + loaded.link_weights.gain(found.together, found.variant))
             likeness = _product(found, pull)
             # Less the mean, as the retrieval score is to the reranker: a score then says what tells this item from the others.
             return Sought(found, bonus=likeness - likeness.mean() if len(likeness) else likeness)
 
         return Source(
             query + pull,
-            usual.search(request, History(plan.linked_from, *loaded.link_weights)),
+            usual.search(request, linked(plan.linked_from, loaded.link_weights)),
             lambda limit: usual.new_goods(query + pull, request, state, limit),
             lambda: usual.candidates(query + pull, request, state),
             finished,
@@ -285,13 +284,13 @@ class ListKinds:
     def _complements(
         self, loaded: LoadedRelease, query: np.ndarray, plan: Plan, usual: Usual, limits: Limits, count: int
     ) -> Source:
-        search, weight = usual.search(plan.request, History(plan.cart, CART_LIFT, 0.0)), loaded.link_weights[0]
+        search = usual.search(plan.request, linked(plan.cart, LinkWeights(CART_LIFT, 0.0)))
 
         def finished(found: Found) -> Sought:
             # Of a product without a category its variants are the same thing again all the same.
             found = found.take(np.flatnonzero(found.variant == 0))
-            found = _ordered(found, _product(found, query) + weight * found.together)
-            return Sought(found, bonus=weight * found.together)
+            found = _ordered(found, _product(found, query) + loaded.link_weights.gain(found.together, 0.0))
+            return Sought(found, bonus=loaded.link_weights.gain(found.together, 0.0))
 
         return Source(
             query, search, lambda limit: usual.new_goods(query, plan.request, plan.state, limit),
@@ -305,7 +304,7 @@ class ListKinds:
         """By a score for each product; where trends are too few, the list for the shopper follows."""
         request = plan.request
         ids = sorted(ranking, key=lambda product_id: (-ranking[product_id], product_id))
-        others = usual.search(request, History(plan.linked_from, *loaded.link_weights))
+        others = usual.search(request, linked(plan.linked_from, loaded.link_weights))
 
         def search(query: np.ndarray, limit: int, limits: Limits) -> Found:
             found = self._first(loaded, ids, query, limit, request, limits)
@@ -317,8 +316,7 @@ class ListKinds:
 
         def finished(found: Found) -> Sought:
             scores = np.array([ranking.get(product_id, 0.0) for product_id in found.product_ids])
-            together, variant = loaded.link_weights
-            usually = _product(found, query) + together * found.together + variant * found.variant
+            usually = _product(found, query) + loaded.link_weights.gain(found.together, found.variant)
             order = np.lexsort((-usually, -scores))
             stages = [plan.kind if found.product_ids[row] in ranking else "retrieval" for row in order]
             return Sought(found.take(order), scores[order], stages=stages)
@@ -427,6 +425,11 @@ def _looks(state: UserState, kind_weights: Mapping[str, float]) -> list[str]:
 def _product(found: Found, query: np.ndarray) -> np.ndarray:
     """Inner products [N] of what was found with a query; nothing has no width to agree on."""
     return found.vectors @ query if found.product_ids else np.zeros(0, dtype=np.float32)
+
+
+def linked(product_ids: Sequence[str], weights: LinkWeights) -> History:
+    """What a search follows links from."""
+    return History(product_ids, weights.together, weights.variant, LINK_SCALE)
 
 
 def _ordered(found: Found, scores: np.ndarray) -> Found:

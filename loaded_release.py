@@ -37,7 +37,7 @@ class LoadedRelease:
         self._indexed_at = self._space_written_at()  # before the rest is read: what changes meanwhile is noticed
         self.encoder = ItemEncoder(release, text_encoder)
         self.user_tower = release.user_tower()
-        self.link_weights = self.user_tower.link_weights.tolist()
+        self.link_weights = self.user_tower.link_weights
         self.scale = float(self.user_tower.log_scale.detach().exp())  # of a query's unit part
         self.reranker = release.reranker()
         self.scaler = release.profile_scaler()

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tensors import KINDS, TextScaler, UserBatch
+from tensors import KINDS, LinkWeights, TextScaler, UserBatch, log_strength
 
-# Where the weights of links start, in logits: one of a strength of 0.1 is worth as much as an item e times as popular. Their
-# logarithms are learned, at many times the pace of other weights, for each is met but a few hundred times an epoch.
-LINK_START = (10.0, 2.0)  # taken together, variant
+# Where the weights of links start, in logits. Their logarithms are learned, at many times the pace of other weights, for each is
+# met but a few hundred times an epoch.
+LINK_START = (2.0, 2.0)  # log strength of what is taken together, variant
 LINK_PACE = 20.0
 
 
@@ -68,14 +68,15 @@ class UserTower(nn.Module):
         self.config = config
         width = config.width
         self.collaborative = nn.Embedding(config.items, max(1, config.collaborative))
-        nn.init.zeros_(self.collaborative.weight)
-        nn.init.normal_(self.collaborative.weight, std=0.02)
 
         self.item_input = nn.Linear(config.item_width + config.collaborative, width)
         self.kind_embedding = nn.Embedding(KINDS, width)
         self.age_input = nn.Linear(1, width)
         # Counted from the latest event: "the last thing seen" means the same in a short and in a long history.
         self.recency_embedding = nn.Embedding(config.history, width)
+        # PyTorch starts embeddings at a spread of 1: an item would be lost beside its kind and its place.
+        for embedding in (self.collaborative, self.kind_embedding, self.recency_embedding):
+            nn.init.normal_(embedding.weight, std=0.02)
         self.behaviour_token = nn.Parameter(torch.randn(width) * 0.02)
         layer = nn.TransformerEncoderLayer(
             width, config.heads, 2 * width, config.dropout, activation="gelu", batch_first=True, norm_first=True
@@ -90,7 +91,7 @@ class UserTower(nn.Module):
         )  # fmt: skip
         self.to_item = nn.Linear(2 * width, config.item_width)
         self.to_popularity = nn.Linear(2 * width, config.popularity_width)
-        self.to_collaborative = nn.Linear(2 * width, max(1, config.collaborative))
+        self.to_collaborative = nn.Linear(3 * width, max(1, config.collaborative))
         self.history_gain = nn.Parameter(torch.tensor(1.0))
         # Logits of unit vectors need a scale to be sharp enough: 1 / 0.1 at the start, learned from there.
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
@@ -110,13 +111,15 @@ class UserTower(nn.Module):
         encoded = self.behaviour(
             torch.cat([first, behaviour], dim=1), src_key_padding_mask=~torch.cat([always, mask], dim=1)
         )  # (B, 1 + T, width)
+        # Of the latest event (the token where there is none), in the light of all: what comes next hangs on it most.
+        latest = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)
+        summary = encoded[torch.arange(len(mask), device=mask.device), latest] * mask.any(1, keepdim=True)
 
         # What the shopper touched, weighted by how much each event still says: a residual straight into item space.
         weights = self.pool_weight(encoded[:, 1:]).squeeze(-1).masked_fill(~mask, -torch.inf)
         weights = torch.where(mask.any(1, keepdim=True), weights, torch.zeros(1, device=mask.device)).softmax(-1)
         weights = (weights * mask).unsqueeze(1)  # (B, 1, T)
         liked = (weights @ batch.history).squeeze(1)
-        liked_collaborative = (weights @ collaborative).squeeze(1)
 
         has_history = mask.any(1, keepdim=True).float()
         has_context = (batch.context != 0).any(1, keepdim=True).float() * config.context
@@ -125,7 +128,7 @@ class UserTower(nn.Module):
         fused = self.fusion(
             torch.cat(
                 [
-                    encoded[:, 0] * has_history,
+                    summary,
                     self.context(self.context_scaler(batch.context)) * has_context,
                     self.profile(profile) * has_profile,
                     has_history, has_context, has_profile,
@@ -136,20 +139,24 @@ class UserTower(nn.Module):
         unit = F.normalize(self.history_gain * liked + self.to_item(fused), dim=-1)
         parts = [self.log_scale.exp() * unit, self.to_popularity(fused) * config.popularity]
         if config.collaborative:
-            parts.append(liked_collaborative + self.to_collaborative(fused))
+            parts.append(self.to_collaborative(torch.cat([summary, fused], dim=-1)))
         return torch.cat(parts, dim=-1)
 
     @property
-    def link_weights(self) -> Tensor:
-        """[2], positive: what a link's strength and being a variant of something met add to the logit. 0 without behaviour, to
-        which they belong."""
+    def link_weights(self) -> LinkWeights:
+        """As learned so far."""
+        return LinkWeights(*self._link_weights.tolist())
+
+    @property
+    def _link_weights(self) -> Tensor:
+        """[2], positive; 0 without behaviour, to which they belong."""
         start = torch.tensor(LINK_START, device=self.link_growth.device) * self.config.behaviour
         return start * (LINK_PACE * self.link_growth).exp()
 
     def link_scores(self, together: np.ndarray, variant: np.ndarray) -> Tensor:
-        """What links (float32 [B, N] each, see ItemLinks.scores) add to the logits: [B, N]."""
-        weights = self.link_weights
-        return weights[0] * torch.from_numpy(together) + weights[1] * torch.from_numpy(variant)
+        """What links (float32 [B, N] each, see ItemLinks.scores) add to the logits: [B, N], as `LinkWeights.gain`."""
+        weights = self._link_weights
+        return weights[0] * torch.from_numpy(log_strength(together)) + weights[1] * torch.from_numpy(variant)
 
     def item_rows(self, items: Tensor, vectors: Tensor, popularity: Tensor) -> Tensor:
         """Index rows [M, row_width] of catalogue rows `items` int64 [M], their unit vectors and popularity.

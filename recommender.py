@@ -574,7 +574,7 @@ def _limits(request: Request) -> Limits:
 
 def _links(loaded: LoadedRelease, state: UserState) -> History:
     """The links from what the shopper met."""
-    return History(list(dict.fromkeys(state.product_ids)), *loaded.link_weights)
+    return list_kinds.linked(list(dict.fromkeys(state.product_ids)), loaded.link_weights)
 
 
 def _known(price: float) -> float | None:

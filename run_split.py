@@ -85,7 +85,7 @@ PIPELINES: dict[str, list[list[str]]] = {
         ["import_data.py", "s3rec", "{folder}", "--until", "2000-01-01"],
         SELLER,  # attributes are all there is to read
         ["train_simcse.py", "--release", "split"],
-        ["train_user.py", "--release", "split"],
+        ["train_user.py", "--release", "split", "--epochs", "6", "--learning-rate", "0.003", "--collaborative", "64"],
         ["train_reranker.py", "--release", "split"],
         ["build_index.py", "--release", "split"],
         ["evaluate.py", "s3rec-beauty", "{folder}"],

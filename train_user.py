@@ -5,9 +5,10 @@
 Two fits. The first holds out the newest events: they choose the number of epochs, and the reranker later learns from them with this
 tower, which never saw them. The second learns from everything for as many epochs; it is the one that serves.
 
-Loss: sampled softmax with logQ correction over in-batch targets and negatives, half of them uniform and half hard: drawn from what
-the tower itself ranks high, with that proposal's probability in the correction. A catalogue of at most `negatives` items gets
-the full softmax.
+Loss: sampled softmax over in-batch targets and negatives, half of them uniform and half hard: drawn from what the tower itself
+ranks high. Each counts by how likely it was to be among them, so that the denominator is on average that of the full softmax
+(Horvitz and Thompson, JASA 1952; with draws that may repeat it is the logQ correction of Yi et al., RecSys 2019). A catalogue of
+at most `negatives` items gets the full softmax.
 """
 
 from __future__ import annotations
@@ -55,6 +56,9 @@ class UserOptions(HoldOutOptions):
     history: int = Field(30, ge=1, le=500, description="events of a shopper that are read, the latest ones")
     baskets: bool = Field(True, description="let events of the same instant stand in each other's history")
     forget: float = Field(0.1, ge=0, lt=1, description="share of shoppers whose history, context or body is hidden")
+    forget_links: float = Field(
+        0.5, ge=0, lt=1, description="share of examples without the links of what was taken together"
+    )
     collaborative: int = Field(32, ge=0, le=512, description="collaborative coordinates of an item; 0 for none")
     layers: int = Field(1, ge=1, le=12, description="transformer layers over the history")
     train_days: float = Field(540.0, gt=0, description="days of events before the newest that are learned from")
@@ -77,7 +81,7 @@ class SampledSoftmax:
     """Batches and loss of the user tower over events in [shop's start, end)."""
 
     def __init__(self, shop: ShopData, tower: UserTower, options: UserOptions, start: float, end: float) -> None:
-        self.shop, self.tower, self.options = shop, tower, options
+        self.shop, self.tower, self.options, self.end = shop, tower, options, end
         self.targets = shop.targets(max(start, end - options.train_days * DAY), end)
         if len(self.targets) < 2:
             raise UserError(
@@ -132,7 +136,7 @@ class SampledSoftmax:
         query = model(batch)  # (B, D)
 
         items = histories.item[rows]
-        candidates, log_q = self._candidates(items)
+        candidates, log_inclusion = self._candidates(items)
         numbers = torch.from_numpy(candidates)
         keys = self.tower.item_rows(numbers, self.vectors[numbers], popularity[numbers])  # (C, D)
         column_of = np.full(len(shop.items), -1)
@@ -140,16 +144,18 @@ class SampledSoftmax:
         target = column_of[items]
         history = histories.item[index.index]
         together, variant = self.links.scores(history, batch.history_mask.numpy(), candidates, target)
+        # What a table knows the tower need not learn, and would not; but the table knows little beyond the first hundred items.
+        together[torch.rand(len(rows)).numpy() < options.forget_links] = 0.0
         scores = query @ keys.T + self.tower.link_scores(together, variant)
-        logits = scores - log_q  # (B, C)
-        # What the shopper already met is not offered again, so it is no competitor either.
-        met = np.where(index.mask, column_of[history], -1)
-        row, column = np.nonzero(met >= 0)
-        logits[torch.from_numpy(row), torch.from_numpy(met[row, column])] = -torch.inf
+        logits = scores - log_inclusion  # (B, C)
+        # What the shopper already met is not offered again, so it is no competitor. Nor is what they took later: it is no wrong
+        # answer, and its links with the history, unlike the target's, are counted with this shopper's own taking.
+        row, event = histories.of_users(histories.user[rows], self.end)
+        column = column_of[histories.item[event]]
+        logits[torch.from_numpy(row[column >= 0]), torch.from_numpy(column[column >= 0])] = -torch.inf
         weight = torch.from_numpy(histories.weight[rows])
-        # The target may stand in the basket history of the same instant under another kind: it stays a target.
         own = (torch.arange(len(rows)), torch.from_numpy(target))
-        logits[own] = scores[own] - log_q[own[1]]
+        logits[own] = scores[own]  # there for certain
         return (F.cross_entropy(logits, own[1], reduction="none") * weight).sum() / weight.sum()
 
     def _user_batch(self, index: HistoryIndex, rows: np.ndarray, popularity: Tensor) -> UserBatch:
@@ -165,7 +171,7 @@ class SampledSoftmax:
         )
 
     def _candidates(self, targets: np.ndarray) -> tuple[np.ndarray, Tensor]:
-        """Distinct catalogue rows [C] that compete, and the log of how often each was expected to be drawn."""
+        """Distinct catalogue rows [C] that compete, and the log of how likely each was to be drawn."""
         count, drawn = len(self.shop.items), self.options.negatives
         if count <= drawn:
             return np.arange(count), torch.zeros(count)
@@ -183,7 +189,7 @@ class SampledSoftmax:
             + (drawn - hard) / count
             + hard * self.hard_share_of[candidates]
         )
-        return candidates, torch.from_numpy(np.log(expected)).float()
+        return candidates, torch.from_numpy(np.log(-np.expm1(-expected))).float()
 
     @torch.no_grad()
     def _mine(self, random: np.random.Generator) -> None:

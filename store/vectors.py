@@ -71,7 +71,8 @@ _BEST = sql.SQL("""
         ) AS every GROUP BY product_id
     ), {near}, scored AS (
         SELECT product_id, part, place, coalesce(together, 0) AS together, coalesce(variant, 0) AS variant,
-            -distance + %(together)s::float8 * coalesce(together, 0) + %(variant)s::float8 * coalesce(variant, 0) AS score
+            -distance + %(together)s::float8 * ln(1 + %(scale)s::float8 * coalesce(together, 0))
+                + %(variant)s::float8 * coalesce(variant, 0) AS score
         FROM (SELECT product_id, part, place, distance FROM near {linked}) AS every LEFT JOIN links USING (product_id)
     ), ranked AS MATERIALIZED (
         SELECT * FROM scored ORDER BY score DESC, product_id
@@ -157,8 +158,9 @@ class History:
     """Through which items a search also goes, and what links from them are worth in units of its scores."""
 
     product_ids: Sequence[str]
-    together: float  # a strength of 1
-    variant: float
+    together: float = 0.0  # of ln(1 + scale * strength)
+    variant: float = 0.0
+    scale: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -508,13 +510,14 @@ class Vectors:
         where = sql.SQL(" AND ").join(conditions) if conditions else sql.SQL("true")
         met, met_parameters = _met(hides)
         parameters |= met_parameters
-        linked_from = history or History([], 0.0, 0.0)
+        linked_from = history or History([])
         parameters |= {
             "query": np.ascontiguousarray(query, dtype=np.float32),
             "placed": np.append(query, 0.0).astype(np.float32) if placed is None else placed,
             "exclude": list(exclude),
             "met_by": met_by,
             "history": list(linked_from.product_ids), "together": linked_from.together, "variant": linked_from.variant,
+            "scale": linked_from.scale,
         }  # fmt: skip
         settings = _hnsw_settings(min(max(ef_search or DEFAULT_EF_SEARCH, limit, new), MAX_EF_SEARCH))
         with self._pool.connection() as connection:
