@@ -27,7 +27,7 @@ from model_reranker import (
 )
 from model_simcse import ItemTower, ItemTowerConfig, starting_table
 from model_user import UserTower, UserTowerConfig
-from tensors import POSITION, ItemBatch, RerankBatch, UserBatch
+from tensors import POSITION, ItemBatch, LinkWeights, RerankBatch, UserBatch
 from train_simcse import alignment_uniformity, contrastive_loss, nt_xent
 from vocab import MASK, PAD
 
@@ -291,7 +291,7 @@ def test_a_tower_without_an_input_asks_as_if_it_were_missing(off, parts):
         "profile": {"profile": torch.zeros_like(batch.profile)},
     }[off]
     torch.testing.assert_close(tower(batch), user_tower()(replace(batch, **missing)))
-    assert (tower.link_weights == 0).all() == (off == "behaviour")
+    assert (tower.link_weights == LinkWeights(0.0, 0.0)) == (off == "behaviour")
 
 
 def test_without_popularity_a_query_has_no_weight_for_it():

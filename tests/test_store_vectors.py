@@ -32,7 +32,8 @@ RE_IDS = np.arange(3 * N, dtype=np.int32).reshape(N, 3)
 LINKED = "linked"
 OTHERS = np.stack([RANDOM.permutation(np.delete(np.arange(N), i))[:12] for i in range(N)])
 STRENGTH = RANDOM.random(OTHERS.shape).astype(np.float32)
-WEIGHTS = (8.0, 3.0)  # of a strength of 1, of a variant
+WEIGHTS = (8.0, 3.0)  # of log(1 + SCALE * strength), of a variant
+SCALE = 5.0
 
 
 def rows(numbers) -> ItemRows:
@@ -398,7 +399,7 @@ def test_a_search_leaves_the_connection_as_it_was(indexed):
     )
     values = {
         "query": QUERIES[0], "placed": np.append(QUERIES[0], np.float32(0)), "exclude": [], "met_by": None, "history": [],
-        "together": 0.0, "variant": 0.0,
+        "together": 0.0, "variant": 0.0, "scale": 0.0,
     }  # fmt: skip
     with indexed.pool.connection() as connection:
         vectors._query(connection, vectors._plain(RELEASE, 1, 0), values, vectors._hnsw_settings(77), None)
@@ -461,7 +462,7 @@ def test_the_outstanding_are_linked_with_more_care_within_what_pgvector_takes(sh
 
 
 def history(*numbers: int, weights: tuple[float, float] = WEIGHTS) -> History:
-    return History([IDS[number] for number in numbers], *weights)
+    return History([IDS[number] for number in numbers], *weights, SCALE)
 
 
 def gains(met: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -481,7 +482,7 @@ HISTORIES = [[5], [450], [0, 1, 2], [599, 300, 7, 450], list(range(0, 90, 3))]
 def test_with_a_history_links_count_as_much_as_inner_products(linked, met, limit):
     together, variant = gains(met)
     for query in QUERIES:
-        scores = VECTORS @ query + WEIGHTS[0] * together + WEIGHTS[1] * variant
+        scores = VECTORS @ query + WEIGHTS[0] * np.log1p(SCALE * together) + WEIGHTS[1] * variant
         order = np.argsort(-scores)[:limit]
         found = linked.vectors.search(LINKED, query, limit, history=history(*met))
         assert found.product_ids == [IDS[number] for number in order]
@@ -511,7 +512,7 @@ def test_links_lead_to_nothing_that_is_filtered_excluded_or_met(linked, indexed_
     if indexed_first:
         linked.vectors.build_index(LINKED)
     together, variant = gains(met)
-    scores = VECTORS @ QUERIES[0] + WEIGHTS[0] * together + WEIGHTS[1] * variant
+    scores = VECTORS @ QUERIES[0] + WEIGHTS[0] * np.log1p(SCALE * together) + WEIGHTS[1] * variant
     left = [i for i in np.argsort(-scores) if keeps(i) and i not in excluded and i not in seen]
     found = linked.vectors.search(
         LINKED, QUERIES[0], LIMIT, filters, [IDS[number] for number in excluded], met_by="u", history=history(*met)
@@ -535,7 +536,7 @@ def test_with_an_index_too_the_linked_come_where_they_belong(linked):
     met = HISTORIES[-1]
     together, variant = gains(met)
     for query in [*QUERIES, *QUERIES]:  # the statement is prepared meanwhile
-        scores = VECTORS @ query + WEIGHTS[0] * together + WEIGHTS[1] * variant
+        scores = VECTORS @ query + WEIGHTS[0] * np.log1p(SCALE * together) + WEIGHTS[1] * variant
         found = linked.vectors.search(LINKED, query, LIMIT, history=history(*met))
         numbers = [IDS.index(product_id) for product_id in found.product_ids]
         assert found.plan == "hnsw"
@@ -552,7 +553,10 @@ def test_what_is_equally_good_comes_by_id(linked):
     linked.vectors.copy("alike", replace(alike, linked=others, link_strength=[[0.5] * 3, *[[]] * (N - 1)]))
     for limit in (2, 4, 7):
         found = linked.vectors.search(
-            "alike", np.ones(D, dtype=np.float32), limit, history=history(0, weights=(2.0, 1.0))
+            "alike",
+            np.ones(D, dtype=np.float32),
+            limit,
+            history=replace(history(0, weights=(1.0, 1.0)), scale=2 * (np.e - 1)),
         )
         assert found.product_ids == ["p001", "p002", "p200", "p300", "p500", "p000", "p003"][:limit]
         assert found.scores.tolist() == [D + 1.0, D + 1.0, D + 1.0, D + 1.0, D + 1.0, D, D][:limit]
@@ -563,8 +567,8 @@ def test_what_is_equally_good_comes_by_id(linked):
 def test_a_history_without_links_and_one_of_unknown_items_change_nothing(linked):
     plain = linked.vectors.search(LINKED, QUERIES[0], LIMIT)
     for release, given in [
-        (LINKED, History([], *WEIGHTS)),
-        (LINKED, History(["nobody", ""], *WEIGHTS)),
+        (LINKED, History([], *WEIGHTS, SCALE)),
+        (LINKED, History(["nobody", ""], *WEIGHTS, SCALE)),
         (RELEASE, history(450)),  # of a release that has none, an item without variants
     ]:
         found = linked.vectors.search(release, QUERIES[0], LIMIT, history=given)
@@ -573,7 +577,9 @@ def test_a_history_without_links_and_one_of_unknown_items_change_nothing(linked)
         np.testing.assert_array_equal(found.scores, plain.scores)
         assert not found.together.any()
         assert not found.variant.any()
-    mixed = linked.vectors.search(LINKED, QUERIES[0], LIMIT, history=History(["nobody", IDS[5], IDS[5]], *WEIGHTS))
+    mixed = linked.vectors.search(
+        LINKED, QUERIES[0], LIMIT, history=History(["nobody", IDS[5], IDS[5]], *WEIGHTS, SCALE)
+    )
     alone = linked.vectors.search(LINKED, QUERIES[0], LIMIT, history=history(5))
     assert mixed.product_ids == alone.product_ids
     np.testing.assert_array_equal(mixed.scores, alone.scores)

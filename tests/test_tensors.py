@@ -15,9 +15,11 @@ from store import EventLog
 from tensors import (
     DAY,
     ITEM_DENSE,
+    LINK_SCALE,
     Candidates,
     Histories,
     ItemLayout,
+    LinkWeights,
     Past,
     Popularity,
     PriceScale,
@@ -25,6 +27,7 @@ from tensors import (
     TextScaler,
     distinct,
     item_dense_names,
+    log_strength,
     item_features,
     most_common_ids,
     re_row,
@@ -200,6 +203,23 @@ EVENTS = [
 ]
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), min_size=1, max_size=20),
+    st.lists(st.integers(0, 3), max_size=5), st.integers(0, 6),
+)  # fmt: skip
+def test_every_event_of_some_users_is_given_one_after_the_other(events, asked, day):
+    everybody = [*events, *((user, 9) for user in range(4))]
+    histories = Histories.build(log([(f"u{user}", "a", "view", at) for user, at in everybody]), ["a"])
+    moment = day * DAY
+    of, row = histories.of_users(np.array(asked, dtype=np.int64), moment)
+    expected = [
+        (place, int(number))
+        for place, user in enumerate(asked)
+        for number in np.flatnonzero((histories.user == user) & (histories.at < moment))
+    ]
+    assert list(zip(of.tolist(), row.tolist(), strict=True)) == expected
+
+
 def test_history_is_what_came_strictly_before():
     histories = Histories.build(log(EVENTS), ["a", "b", "c"])
     assert histories.item.tolist() == [0, 1, 2, 0, 0]
@@ -339,6 +359,17 @@ def test_the_price_of_a_product_that_nobody_met_is_not_used():
     assert dense[0, :, names.index("retrieval")].tolist() == [3.0, -3.0]
 
 
+@given(st.lists(st.floats(0.0, 50.0), min_size=1, max_size=6), st.floats(0.0, 9.0), st.floats(0.0, 9.0))
+def test_links_gain_by_the_logarithm_of_their_strength(strengths, together, variant):
+    strength = np.array([strengths], dtype=np.float32)
+    of_variant = (np.arange(len(strengths)) % 2).astype(np.float32)[None]
+    expected = together * np.log1p(LINK_SCALE * strength) + variant * of_variant
+    gain = LinkWeights(together, variant).gain(strength, of_variant)
+    assert gain.dtype == np.float32
+    np.testing.assert_allclose(gain, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(log_strength(strength), np.log1p(LINK_SCALE * strength), rtol=1e-5)
+
+
 def test_links_reach_the_reranker_under_their_names():
     """Two lists of three candidates; strengths by their logarithm, so that strong ones do not drown the rest."""
     one = np.ones((2, 3, 1), dtype=np.int64)
@@ -353,7 +384,7 @@ def test_links_reach_the_reranker_under_their_names():
     dense = rerank_batch(candidates, past, PriceScale(0.0, 1.0), item_width=2, popularity_width=1).item_dense.numpy()
     names = item_dense_names(1)
     assert dense.shape == (2, 3, len(names))
-    np.testing.assert_allclose(dense[:, :, names.index("together")], np.log1p(10 * together), rtol=1e-6)
+    np.testing.assert_allclose(dense[:, :, names.index("together")], np.log1p(LINK_SCALE * together), rtol=1e-6)
     np.testing.assert_array_equal(dense[:, :, names.index("variant")], variant)
     others = [number for number, name in enumerate(names) if name not in ("together", "variant", "log_rank")]
     assert not dense[:, :, others].any()

@@ -137,19 +137,58 @@ def tower_without_collaborative(shop: ShopData) -> UserTower:
     )
 
 
-def losses(shop: ShopData, weights: tuple[float, float], forget: float = 0.0) -> list[float]:
+def losses(shop: ShopData, weights: tuple[float, float], forget: float = 0.0, forget_links: float = 0.0) -> list[float]:
     """The loss of every target alone, the tower untrained, when links weigh so much more than at the start."""
     tower = tower_without_collaborative(shop)
     tower.link_growth.data = torch.tensor(weights)
-    softmax = SampledSoftmax(shop, tower, UserOptions(_env_file=None, forget=forget), 0.0, shop.now)
+    given = UserOptions(_env_file=None, forget=forget, forget_links=forget_links)
+    softmax = SampledSoftmax(shop, tower, given, 0.0, shop.now)
     return [softmax.loss(tower, np.array([row])).item() for row in softmax.targets]
 
 
 def test_an_example_does_not_find_its_answer_in_the_table():
     """Where nobody but the shopper took a pair, its link is worth nothing; where others did, it is."""
-    assert losses(pairs_shop(1), (0.0, 0.0)) == losses(pairs_shop(1), (0.1, 0.0))
-    for weak, strong in zip(losses(pairs_shop(2), (0.0, 0.0)), losses(pairs_shop(2), (0.1, 0.0)), strict=True):
+    assert losses(pairs_shop(1), (-0.1, 0.0)) == losses(pairs_shop(1), (0.0, 0.0))
+    for weak, strong in zip(losses(pairs_shop(2), (-0.1, 0.0)), losses(pairs_shop(2), (0.0, 0.0)), strict=True):
         assert strong < weak - 0.1
+
+
+def test_links_that_are_forgotten_say_nothing_and_variants_still_do():
+    group = np.arange(2 * PAIRS) // 2
+    shop, nearly_all = pairs_shop(OFTEN, group), 1.0 - 1e-7
+    assert losses(shop, (0.0, 0.0), forget_links=nearly_all) == losses(shop, (0.1, 0.0), forget_links=nearly_all)
+    assert losses(shop, (0.0, 0.0), forget_links=nearly_all) != losses(shop, (0.0, 0.1), forget_links=nearly_all)
+
+
+def test_what_the_shopper_took_later_is_no_competitor_and_what_lies_after_the_end_is_not_known_to_be():
+    """One shopper takes 0, 1 and 2 on three days, another 3 and 4. All scores are equal: the loss says how many compete."""
+    shop = shop_of(np.array([0, 0, 0, 1, 1]), np.arange(5), np.array([0.0, 2.0, 4.0, 0.0, 2.0]), 5)
+    tower = tower_without_collaborative(shop)
+    for weight in tower.parameters():
+        weight.data.zero_()
+    tower.link_growth.data.fill_(-1.0)
+
+    def competitors(end: float) -> list[float]:
+        softmax = SampledSoftmax(shop, tower, UserOptions(_env_file=None), 0.0, end)
+        return [np.exp(softmax.loss(tower, np.array([row])).item()) for row in softmax.targets]
+
+    assert competitors(shop.now) == pytest.approx([3.0, 3.0, 4.0], rel=1e-4)  # of 1 and of 2 itself, 3 and 4
+    assert competitors(3 * DAY) == pytest.approx([4.0, 4.0], rel=1e-4)  # of 1 itself, 2, 3 and 4
+
+
+@pytest.mark.parametrize("hard_share", [0.0, 0.5])
+def test_the_sampled_denominator_is_that_of_the_full_softmax_on_average(shop, hard_share):
+    """Each candidate counts by the inverse of how likely it was to be there (Horvitz and Thompson), the batch's own aside."""
+    given = UserOptions(_env_file=None, negatives=100, hard_share=hard_share)
+    softmax = SampledSoftmax(shop, tower_without_collaborative(shop), given, 0.0, shop.now)
+    softmax.hard_share_of = np.arange(ITEMS) / np.arange(ITEMS).sum()
+    worth, draws = np.random.default_rng(1).random(ITEMS), 4000
+    torch.manual_seed(0)
+    sums = []
+    for targets in np.random.default_rng(2).choice(softmax.shop.histories.item[softmax.targets], (draws, 16)):
+        candidates, log_inclusion = softmax._candidates(targets)
+        sums.append((worth[candidates] / np.exp(log_inclusion.numpy())).sum())
+    assert np.mean(sums) == pytest.approx(worth.sum(), rel=0.02)
 
 
 def test_variants_of_what_was_met_weigh_in_the_loss():
@@ -177,7 +216,7 @@ def test_partners_are_retrieved_first_when_links_alone_know_them(tmp_path):
         tower, softmax.batches, softmax.loss, lambda model: {"epochs": 0.0}, "epochs", given, tmp_path, "user",
         keep_best=False,
     )  # fmt: skip
-    assert tower.link_weights[0] > UserTower(tower.config).link_weights[0]  # learned to trust them
+    assert tower.link_weights.together > UserTower(tower.config).link_weights.together  # learned to trust them
     users = PAIRS * OFTEN + np.arange(PAIRS)
     requests = Requests(users, np.zeros(PAIRS, dtype=np.int64), [np.array([2 * n + 1]) for n in range(PAIRS)], shop.now)
     profiles = np.zeros((PAIRS * (OFTEN + 1), 0), dtype=np.float32)
