@@ -149,6 +149,8 @@ def main(options: EvaluateOptions) -> None:
         raise UserError(f"{options.what} needs the folder of the data set")
     if unknown := [name for name in options.peer if name not in PEER_SCRIPTS]:
         raise UserError(f"there is no peer {unknown[0]!r}; there are: {', '.join(PEER_SCRIPTS)}")
+    if options.peer and options.peers is None:
+        raise UserError("--peer needs the python of the peers' environment; give --peers too")
     torch.set_num_threads(1)  # one small forward a request: more threads only wait for each other
     cuts = {"hm-week": HM_CUT, "s3rec-beauty": S3REC_CUT, "sample-week": SAMPLE_CUT}
     cut = cuts.get(options.what, RTR_CUT)

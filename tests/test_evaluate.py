@@ -216,6 +216,21 @@ def test_each_shoppers_part_can_be_written_instead(judge, hm_folder):
     assert not (hm_folder / "docs").exists()
 
 
+def test_the_peers_that_are_named_are_asked_and_no_others(judge, hm_folder, monkeypatch):
+    monkeypatch.setattr(evaluate, "peer_lists", lambda python, script, split, users, count, answers: [[A], [D]])
+    assert judge("hm-week", ".", "--peers", "python", "--peer", "RecTools SASRec", "--peer", "implicit ALS")[0] == 0
+    models = {row["model"] for row in json.loads((hm_folder / "docs/results.json").read_text())}
+    assert {*models} & {*evaluate.PEER_SCRIPTS} == {"RecTools SASRec", "implicit ALS"}
+
+
+def test_a_peer_that_does_not_exist_or_has_no_environment_is_said(judge, hm_folder):
+    code, said = judge("hm-week", ".", "--peers", "python", "--peer", "SASRec")
+    assert code == 2
+    assert "there is no peer 'SASRec'; there are: implicit ALS, " in said
+    assert judge("hm-week", ".", "--peer", "implicit ALS")[1].endswith("give --peers too\n")
+    assert not (hm_folder / "docs").exists()
+
+
 def test_a_limited_run_writes_nothing(judge, hm_folder):
     assert judge("hm-week", ".", "--limit", "1")[0] == 0
     assert len(ScriptedRecommender.asked) == 1
