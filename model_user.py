@@ -3,13 +3,13 @@
 An item's row is `[unit vector ; popularity coordinates ; collaborative coordinates]`. The query is
 `[scaled unit vector ; learned weights ; collaborative vector]`, so that one inner product says what a shopper is
 drawn to, how much they follow what is wanted now, and what shoppers like them took. The item tower's vectors stay frozen;
-the collaborative coordinates belong to this tower, start at zero, and stay zero for items nobody touched yet.
+the collaborative coordinates belong to this tower, start near zero, and count as zero for items nobody touched yet.
 
 Beside that deep part stands a wide one, which no vector holds: learned weights of links from the items of the history (see
 item_links.py). Retrieval adds them to the inner product.
 
-Sampled softmax with logQ correction: Yi et al., "Sampling-bias-corrected neural modeling for large corpus item
-recommendations", RecSys 2019.
+The reading of the history by its latest event: Kang and McAuley, "Self-attentive sequential recommendation", ICDM 2018. The loss:
+train_user.py.
 """
 
 from __future__ import annotations
