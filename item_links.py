@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 import scipy.sparse
 
-from tensors import Histories
+from tensors import Histories, ranges
 
 # Links kept of an item, the strongest. A history of thirty items reaches well over a thousand others through them.
 MOST_LINKS = 50
@@ -96,9 +96,8 @@ class ItemLinks:
         groups = self.group[candidates][by_group]
         first, stop = (np.searchsorted(groups, self.group[met.indices], side) for side in ("left", "right"))
         count = stop - first  # variants among the candidates of each item met
-        places = np.repeat(first, count) + np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
         variant = np.zeros_like(together)
-        variant[np.repeat(row, count), by_group[places]] = 1.0
+        variant[np.repeat(row, count), by_group[ranges(first, count)]] = 1.0
         met_column = column_of[met.indices]
         variant[row[met_column >= 0], met_column[met_column >= 0]] = 0.0
         return np.maximum(together, 0.0), variant

@@ -68,7 +68,6 @@ class UserTower(nn.Module):
         self.config = config
         width = config.width
         self.collaborative = nn.Embedding(config.items, max(1, config.collaborative))
-
         self.item_input = nn.Linear(config.item_width + config.collaborative, width)
         self.kind_embedding = nn.Embedding(KINDS, width)
         self.age_input = nn.Linear(1, width)
@@ -111,9 +110,10 @@ class UserTower(nn.Module):
         encoded = self.behaviour(
             torch.cat([first, behaviour], dim=1), src_key_padding_mask=~torch.cat([always, mask], dim=1)
         )  # (B, 1 + T, width)
-        # Of the latest event (the token where there is none), in the light of all: what comes next hangs on it most.
+        # Of the latest event, in the light of all: what comes next hangs on it most. Zero where there is none.
+        has_history = mask.any(1, keepdim=True).float()
         latest = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)
-        summary = encoded[torch.arange(len(mask), device=mask.device), latest] * mask.any(1, keepdim=True)
+        summary = encoded[torch.arange(len(mask), device=mask.device), latest] * has_history
 
         # What the shopper touched, weighted by how much each event still says: a residual straight into item space.
         weights = self.pool_weight(encoded[:, 1:]).squeeze(-1).masked_fill(~mask, -torch.inf)
@@ -121,7 +121,6 @@ class UserTower(nn.Module):
         weights = (weights * mask).unsqueeze(1)  # (B, 1, T)
         liked = (weights @ batch.history).squeeze(1)
 
-        has_history = mask.any(1, keepdim=True).float()
         has_context = (batch.context != 0).any(1, keepdim=True).float() * config.context
         profile = batch.profile if config.profile_width else batch.profile.new_zeros(len(mask), 1)
         has_profile = (batch.profile[:, : config.profile_width // 2] != 0).any(1, keepdim=True).float() * config.profile

@@ -279,6 +279,11 @@ class Popularity:
         return np.stack(columns, axis=1).astype(np.float32)
 
 
+def ranges(start: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """The `count` [n] numbers from each of `start` [n] on, one range after the other: int64 [sum of counts]."""
+    return np.arange(count.sum()) + np.repeat(start - np.cumsum(count) + count, count)
+
+
 # ----------------------------------------------------------------------------------------------------------- histories
 @dataclass(frozen=True)
 class Histories:
@@ -344,9 +349,8 @@ class Histories:
     def of_users(self, users: np.ndarray, before: float) -> tuple[np.ndarray, np.ndarray]:
         """Every event of `users` int [B] before that moment (epoch seconds), one after the other: which of `users` each is of, and
         its row here; int64 [K] each."""
-        start, count = self.starts[users], self.starts[users + 1] - self.starts[users]
-        of = np.repeat(np.arange(len(users)), count)
-        row = np.arange(len(of)) + np.repeat(start - np.cumsum(count) + count, count)
+        count = self.starts[users + 1] - self.starts[users]
+        of, row = np.repeat(np.arange(len(users)), count), ranges(self.starts[users], count)
         earlier = self.at[row] < before
         return of[earlier], row[earlier]
 
@@ -414,8 +418,8 @@ class RerankBatch:
 # The log of the place, from 1, that a shopper saw the candidate at: 0 at the first. A feature in training alone.
 POSITION = "position"
 
-# Links have strengths of a few hundredths to a few tenths, and those of a long history add up to several. That says much less than
-# so many times as much: of what Beauty's shoppers took next, the logarithm is nearer to the odds by half a nat.
+# Links have strengths of a few hundredths to a few tenths, and those of a long history add up to several, which says much less than
+# so many times as much.
 LINK_SCALE = 30.0
 
 ITEM_DENSE = (

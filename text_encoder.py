@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import distilbert
 from settings import Settings, UserError
-from tensors import distinct
+from tensors import distinct, ranges
 
 TITLE_TOKENS = 24  # 15 words or so; every further token costs memory for each product
 POOLED_TOKENS = 128  # contexts, attribute values, the start of a description
@@ -84,8 +84,7 @@ class Ragged:
         rows = np.asarray(rows, np.int64)
         counts = np.diff(self.offsets)[rows]
         offsets = _offsets(counts)
-        source = np.repeat(self.offsets[rows] - offsets[:-1], counts) + np.arange(offsets[-1])
-        return Ragged(np.asarray(self.values[source]), offsets)
+        return Ragged(np.asarray(self.values[ranges(self.offsets[rows], counts)]), offsets)
 
 
 class TextEncoder:

@@ -155,7 +155,7 @@ class SampledSoftmax:
         logits[torch.from_numpy(row[column >= 0]), torch.from_numpy(column[column >= 0])] = -torch.inf
         weight = torch.from_numpy(histories.weight[rows])
         own = (torch.arange(len(rows)), torch.from_numpy(target))
-        logits[own] = scores[own]  # there for certain
+        logits[own] = scores[own]  # one of what they took, and there for certain
         return (F.cross_entropy(logits, own[1], reduction="none") * weight).sum() / weight.sum()
 
     def _user_batch(self, index: HistoryIndex, rows: np.ndarray, popularity: Tensor) -> UserBatch:

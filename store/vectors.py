@@ -158,9 +158,9 @@ class History:
     """Through which items a search also goes, and what links from them are worth in units of its scores."""
 
     product_ids: Sequence[str]
-    together: float = 0.0  # of ln(1 + scale * strength)
-    variant: float = 0.0
-    scale: float = 0.0
+    together: float  # of ln(1 + scale * strength)
+    variant: float
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -510,7 +510,7 @@ class Vectors:
         where = sql.SQL(" AND ").join(conditions) if conditions else sql.SQL("true")
         met, met_parameters = _met(hides)
         parameters |= met_parameters
-        linked_from = history or History([])
+        linked_from = history or History([], 0.0, 0.0, 0.0)
         parameters |= {
             "query": np.ascontiguousarray(query, dtype=np.float32),
             "placed": np.append(query, 0.0).astype(np.float32) if placed is None else placed,

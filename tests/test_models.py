@@ -294,6 +294,37 @@ def test_a_tower_without_an_input_asks_as_if_it_were_missing(off, parts):
     assert (tower.link_weights == LinkWeights(0.0, 0.0)) == (off == "behaviour")
 
 
+class Same(torch.nn.Module):
+    """In the place of a transformer: each event as it was."""
+
+    def forward(self, events: torch.Tensor, **_) -> torch.Tensor:
+        return events
+
+
+def test_the_query_is_read_at_the_latest_event_wherever_holes_and_padding_are():
+    """Without attention the others move nothing but the likeness in the unit part."""
+    tower, latest = user_tower(), [3, 2, 0]
+    tower.behaviour = Same()
+    mask = torch.tensor([[True] * 4, [True, False, True, False], [True, False, False, False]])
+    batch = replace(shoppers(3, 4), history_mask=mask)
+    before = tower(batch)[:, 5:]  # weights of popularity, and the collaborative vector
+    for column in range(4):
+        history = batch.history.clone()
+        history[:, column] += 1.0
+        moved = (tower(replace(batch, history=history))[:, 5:] - before).abs().amax(1) > 1e-4
+        assert moved.tolist() == [column == one for one in latest]
+
+
+def test_at_the_start_an_item_says_more_than_its_kind_and_its_place():
+    torch.manual_seed(0)
+    tower = UserTower(USER)
+    item = (
+        tower.item_input(torch.cat([F.normalize(torch.randn(9, 5), dim=-1), torch.zeros(9, 2)], dim=-1)).std(0).mean()
+    )
+    assert tower.kind_embedding.weight.std() < item
+    assert tower.recency_embedding.weight.std() < item
+
+
 def test_without_popularity_a_query_has_no_weight_for_it():
     query, usual = user_tower(replace(USER, popularity=False))(shoppers()), user_tower()(shoppers())
     assert (query[:, 5:8] == 0).all()

@@ -191,6 +191,20 @@ def test_the_sampled_denominator_is_that_of_the_full_softmax_on_average(shop, ha
     assert np.mean(sums) == pytest.approx(worth.sum(), rel=0.02)
 
 
+def test_the_target_competes_for_certain_against_as_many_as_there_are(shop):
+    """Scores are all equal: whatever is drawn, on average the target is one of all that the shopper did not take."""
+    tower = tower_without_collaborative(shop)
+    for weight in tower.parameters():
+        weight.data.zero_()
+    tower.link_growth.data.fill_(-1.0)
+    softmax = SampledSoftmax(shop, tower, UserOptions(_env_file=None, negatives=100, hard_share=0.0), 0.0, shop.now)
+    row, draws = softmax.targets[:1], 500
+    taken = len(np.unique(shop.histories.item[shop.histories.user == shop.histories.user[row]]))
+    torch.manual_seed(0)
+    competitors = np.mean([np.exp(softmax.loss(tower, row).item()) for _ in range(draws)])
+    assert competitors == pytest.approx(ITEMS - taken + 1, rel=0.03)
+
+
 def test_variants_of_what_was_met_weigh_in_the_loss():
     group = np.arange(2 * PAIRS) // 2
     for weak, strong in zip(
