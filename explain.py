@@ -204,7 +204,7 @@ def _leave_out(
     store: Store, loaded: LoadedRelease, plan: Plan, sought: Sought, chosen: np.ndarray, past: Past, batch: UserBatch,
     parts: Sequence[_Part],
 ) -> _Left:  # fmt: skip
-    found, weights, count = sought.found, loaded.link_weights, 1 + len(parts)
+    found, weights, count = sought.found, loaded.weights_of(plan.kind), 1 + len(parts)
     without, without_past = _without_each(batch, past, parts)
     query = loaded.user_tower(without).numpy()
     together, variant = np.tile(found.together, (count, 1)), np.tile(found.variant, (count, 1))
@@ -326,11 +326,12 @@ def _of_part(
         def fall(of: np.ndarray) -> float:
             return float(of[0, row] - of[number, row])
 
+        weights = loaded.weights_of(plan.kind)
         # What of the loss at retrieval is most.
         by_kind = {
             "history": fall(left.by_query),
-            "taken_together": fall(loaded.link_weights.gain(left.together, 0.0)) + fall(left.bonus),
-            "variant": loaded.link_weights.variant * fall(left.variant),
+            "taken_together": fall(weights.gain(left.together, 0.0)) + fall(left.bonus),
+            "variant": weights.variant * fall(left.variant),
         }
         kind = max(by_kind, key=lambda name: by_kind[name])
         if kind == "history":

@@ -289,8 +289,9 @@ class ListKinds:
         def finished(found: Found) -> Sought:
             # Of a product without a category its variants are the same thing again all the same.
             found = found.take(np.flatnonzero(found.variant == 0))
-            found = _ordered(found, _product(found, query) + loaded.link_weights.gain(found.together, 0.0))
-            return Sought(found, bonus=loaded.link_weights.gain(found.together, 0.0))
+            weights = loaded.weights_of(plan.kind)
+            found = _ordered(found, _product(found, query) + weights.gain(found.together, 0.0))
+            return Sought(found, bonus=weights.gain(found.together, 0.0))
 
         return Source(
             query, search, lambda limit: usual.new_goods(query, plan.request, plan.state, limit),

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from catalog import ListKind
 from release import SEARCH_SPACE, ItemEncoder, Release
 from settings import UserError
 from store import Store
-from tensors import PriceScale
+from tensors import LinkWeights, PriceScale
 from text_encoder import TextEncoder
 from vocab import normalise
 
@@ -38,6 +39,7 @@ class LoadedRelease:
         self.encoder = ItemEncoder(release, text_encoder)
         self.user_tower = release.user_tower()
         self.link_weights = self.user_tower.link_weights
+        self._basket_weights = self.user_tower.basket_weights
         self.scale = float(self.user_tower.log_scale.detach().exp())  # of a query's unit part
         self.reranker = release.reranker()
         self.scaler = release.profile_scaler()
@@ -55,6 +57,10 @@ class LoadedRelease:
     def is_current(self) -> bool:
         """Not so once the release was indexed anew: its items lie elsewhere then, and queries by the space of before find few."""
         return self._space_written_at() in (self._indexed_at, None)
+
+    def weights_of(self, kind: ListKind) -> LinkWeights:
+        """What links add to the scores of a list of this kind."""
+        return self._basket_weights if kind == "basket" else self.link_weights
 
     def _space_written_at(self) -> int | None:
         """Nanoseconds; None if the file is gone, as of a release that was deleted."""

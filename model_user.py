@@ -48,6 +48,7 @@ class UserTowerConfig:
     context: bool = True
     profile: bool = True
     popularity: bool = True
+    link_trust: float = 1.0  # share of the learned weights of links that requests count, see train_user.link_trust
 
     @property
     def row_width(self) -> int:
@@ -143,7 +144,12 @@ class UserTower(nn.Module):
 
     @property
     def link_weights(self) -> LinkWeights:
-        """As learned so far."""
+        """As far as they are trusted."""
+        return LinkWeights(*(self._link_weights * self.config.link_trust).tolist())
+
+    @property
+    def basket_weights(self) -> LinkWeights:
+        """As learned: what else is taken on the same visit is what they know best."""
         return LinkWeights(*self._link_weights.tolist())
 
     @property
@@ -154,7 +160,7 @@ class UserTower(nn.Module):
 
     def link_scores(self, together: np.ndarray, variant: np.ndarray) -> Tensor:
         """What links (float32 [B, N] each, see ItemLinks.scores) add to the logits: [B, N], as `LinkWeights.gain`."""
-        weights = self._link_weights
+        weights = self._link_weights * self.config.link_trust
         return weights[0] * torch.from_numpy(log_strength(together)) + weights[1] * torch.from_numpy(variant)
 
     def item_rows(self, items: Tensor, vectors: Tensor, popularity: Tensor) -> Tensor:

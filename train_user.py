@@ -13,8 +13,8 @@ at most `negatives` items gets the full softmax.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -44,6 +44,7 @@ SCORE_BATCH = 256  # requests scored against the whole catalogue at once, at mos
 MOST_SCORES = 32_000_000  # of those requests: several tables of so many numbers live at a time
 MINING_REQUESTS = 1024  # that hard negatives are mined from, each epoch
 MINED = 50  # top items of each
+LINK_TRUSTS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)  # shares of the learned weights of links that are tried
 
 
 class UserOptions(HoldOutOptions):
@@ -243,13 +244,65 @@ def retrieve(
     """The best `count` catalogue rows for each request by exact search, without what the shopper met before; of items that had no
     event yet at least the best `new`. The distinct rows `kept` of each request, `count` at most, are among them however they score.
     """
+    untouched = shop.popularity_as_of(requests.as_of)[:, -1] > 0
+    count = min(count, len(untouched))
+    parts: list[Retrieved] = []
+    start = 0
+    for scored in _scored(tower, shop, links, requests, profiles, history, progress):
+        of_part = None if kept is None else kept[start : start + len(scored.requests)]
+        start += len(scored.requests)
+        logits = scored.unlinked + tower.link_scores(scored.together, scored.variant)
+        _hide_met(logits, shop, scored.requests, of_part)
+        found = best(logits, count, untouched, new).numpy()
+        if of_part is not None:
+            found = np.stack([with_kept(*row) for row in zip(found, of_part, logits.numpy(), strict=True)])
+        taken = (logits.numpy(), scored.together, scored.variant)
+        scores, *linked = (np.take_along_axis(part, found, axis=1) for part in taken)
+        parts.append(Retrieved(found, scores, linked[0], linked[1], scored.queries.numpy()))
+    return Retrieved.joined(parts)
+
+
+@torch.no_grad()
+def link_trust(
+    tower: UserTower, shop: ShopData, links: ItemLinks, requests: Requests, profiles: np.ndarray, history: int, count: int,
+) -> float:  # fmt: skip
+    """The share of the learned weights of links, of LINK_TRUSTS, with which most of what the shoppers of `requests` took is among
+    the best `count`; of equal ones the greatest.
+
+    Training counts links that were made around the very days it learns from. What is asked later is asked of older links, and they
+    say less, the less the longer ago and the faster a shop's goods change.
+    """
+    hits = np.zeros(len(LINK_TRUSTS), dtype=np.int64)
+    for scored in _scored(tower, shop, links, requests, profiles, history):
+        _hide_met(scored.unlinked, shop, scored.requests)
+        added = tower.link_scores(scored.together, scored.variant)
+        for number, trust in enumerate(LINK_TRUSTS):
+            found = (scored.unlinked + trust * added).topk(min(count, added.shape[1])).indices.numpy()
+            answers = zip(scored.requests.answers, found, strict=True)
+            hits[number] += sum(int(np.isin(answer, row).sum()) for answer, row in answers)
+    return max(zip(hits, LINK_TRUSTS, strict=True))[1]
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """B requests and the whole catalogue."""
+
+    requests: Requests
+    queries: Tensor  # float32 [B, D]
+    unlinked: Tensor  # float32 [B, N], logits before links
+    together: np.ndarray  # float32 [B, N], see ItemLinks.scores
+    variant: np.ndarray  # float32 [B, N], likewise
+
+
+def _scored(
+    tower: UserTower, shop: ShopData, links: ItemLinks, requests: Requests, profiles: np.ndarray, history: int,
+    progress: str = "",
+) -> Iterator[_Scored]:  # fmt: skip
+    """So many requests at once as fit into memory, in order."""
     popularity = shop.popularity_as_of(requests.as_of)
     keys = item_keys(tower, torch.from_numpy(shop.vectors), popularity)
-    count = min(count, len(keys))
-    untouched = popularity[:, -1] > 0
     batch_size = max(1, min(SCORE_BATCH, MOST_SCORES // len(keys)))
     every = np.arange(len(keys))
-    parts: list[Retrieved] = []
     starts = range(0, len(requests), batch_size)
     for start in tqdm(starts, desc=progress, unit="batch", disable=not progress, leave=False):
         part = requests.take(np.arange(start, min(start + batch_size, len(requests))))
@@ -257,19 +310,16 @@ def retrieve(
         index = shop.history_as_of(part.users, now, history)
         query = tower(shop.user_batch(tower, index, part.users, part.contexts, now, profiles, popularity))
         together, variant = links.scores(shop.histories.item[index.index], index.mask, every)
-        logits = query @ keys.T + tower.link_scores(together, variant)
-        for row, user in enumerate(part.users):
-            met = shop.seen(user, now[row]).astype(np.int64)
-            if kept is not None:
-                met = np.setdiff1d(met, kept[start + row])
-            logits[row, torch.from_numpy(met)] = -torch.inf
-        found = best(logits, count, untouched, new).numpy()
+        yield _Scored(part, query, query @ keys.T, together, variant)
+
+
+def _hide_met(logits: Tensor, shop: ShopData, requests: Requests, kept: Sequence[np.ndarray] | None = None) -> None:
+    """Take what each shopper met by then out of [B, N], in place, but for the rows `kept` of each."""
+    for row, (user, now) in enumerate(zip(requests.users, requests.moments, strict=True)):
+        met = shop.seen(user, now).astype(np.int64)
         if kept is not None:
-            of_part = kept[start : start + len(part)]
-            found = np.stack([with_kept(*row) for row in zip(found, of_part, logits.numpy(), strict=True)])
-        scores, *linked = (np.take_along_axis(part, found, axis=1) for part in (logits.numpy(), together, variant))
-        parts.append(Retrieved(found, scores, linked[0], linked[1], query.numpy()))
-    return Retrieved.joined(parts)
+            met = np.setdiff1d(met, kept[row])
+        logits[row, torch.from_numpy(met)] = -torch.inf
 
 
 def best(logits: Tensor, count: int, untouched: Tensor, new: int) -> Tensor:
@@ -353,6 +403,8 @@ def main(options: UserOptions) -> None:
         tower, softmax.batches, softmax.loss, validate, f"recall@{RETRIEVED}", options, release.folder, STAGE,
         parameters=parameter_groups, state=softmax,
     )  # fmt: skip
+    trust = link_trust(tower, shop, links, held_out, profiles, options.history, RETRIEVED)
+    print(f"links from item to item count {trust:.1%} of what training makes of them: later days bear out so much")
     if PartialState().is_main_process:
         release.save_weights(USER_TOWER_HOLDOUT, tower)
 
@@ -372,7 +424,7 @@ def main(options: UserOptions) -> None:
     release.save_trained_items(shop.items.product_ids)
     release.record(
         "user_tower",
-        config=config,
+        config=replace(config, link_trust=trust),
         profile_scaler=scaler,
         popularity_windows=windows,
         validation_start=split,

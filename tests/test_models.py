@@ -294,6 +294,14 @@ def test_a_tower_without_an_input_asks_as_if_it_were_missing(off, parts):
     assert (tower.link_weights == LinkWeights(0.0, 0.0)) == (off == "behaviour")
 
 
+def test_links_count_as_far_as_they_are_trusted_but_whole_within_a_basket():
+    whole, half = user_tower(), user_tower(replace(USER, link_trust=0.5))
+    together, variant = np.array([[0.0, 0.1, 2.0]], dtype=np.float32), np.array([[1.0, 0.0, 1.0]], dtype=np.float32)
+    torch.testing.assert_close(half.link_scores(together, variant), 0.5 * whole.link_scores(together, variant))
+    assert half.link_weights.together == pytest.approx(0.5 * whole.link_weights.together)
+    assert half.basket_weights == whole.basket_weights == whole.link_weights
+
+
 class Same(torch.nn.Module):
     """In the place of a transformer: each event as it was."""
 

@@ -20,7 +20,7 @@ from shop_data import Requests, ShopData
 from store import EventLog
 from tensors import DAY, Histories, ItemFeatures, Popularity
 from text_encoder import Ragged
-from train_user import SampledSoftmax, UserOptions, best, retrieve
+from train_user import SampledSoftmax, UserOptions, best, link_trust, retrieve
 from training import fit
 
 ITEMS, SHOPPERS, DAYS = 200, 30, 4  # more items than are mined for a request
@@ -262,3 +262,22 @@ def test_requests_are_taken_and_joined_with_all_that_belongs_to_them():
     again = type(found).joined([found.take(np.array([0, 1])), found.take(np.array([2, 3, 4, 5]))])
     for name in ("rows", "scores", "together", "variant", "queries"):
         np.testing.assert_array_equal(getattr(found, name), getattr(again, name))
+
+
+@pytest.mark.parametrize(("borne_out", "trust"), [(True, 1.0), (False, 0.0)])
+def test_links_are_trusted_as_far_as_later_days_bear_them_out(borne_out, trust):
+    """Shoppers who met the one item of a pair take its partner, or else what the tower would show them if there were no links."""
+    shop = pairs_shop(OFTEN)
+    tower = tower_without_collaborative(shop).eval()
+    tower.link_growth.data.fill_(0.3)  # far more than what is between two items without links
+    links, profiles = shop.links(shop.now), np.zeros((PAIRS * (OFTEN + 1), 0), dtype=np.float32)
+    users = PAIRS * OFTEN + np.arange(PAIRS)
+    partners = [np.array([2 * n + 1]) for n in range(PAIRS)]
+    requests = Requests(users, np.zeros(PAIRS, dtype=np.int64), partners, shop.now)
+    if not borne_out:
+        tower.config = replace(tower.config, link_trust=0.0)
+        first = retrieve(tower, shop, links, requests, profiles, 30, 1).rows
+        assert first[:, 0].tolist() != np.concatenate(partners).tolist()
+        requests = replace(requests, answers=list(first))
+        tower.config = replace(tower.config, link_trust=1.0)
+    assert link_trust(tower, shop, links, requests, profiles, 30, 1) == trust
