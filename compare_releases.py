@@ -4,7 +4,8 @@ What each stage says of itself when it is trained is of its own held-out days. T
 are easier to foresee on some days than on others, so such figures are not to be compared.
 
 Judged are the user towers as they were before they learned from their held-out days too (`user_tower_holdout.pth`), by what
-shoppers took from the later of both days on which these begin. Rerankers are not: the live one learned from all days until it was
+shoppers took from the later of both days on which these begin. (How many epochs the new one took and how far it trusts links was
+chosen by such events, two small numbers in its favour.) Rerankers are not: the live one learned from all days until it was
 trained, the new one from all until now, and no event is left that is new to both. Neither can spoil what its tower finds: it is
 trusted as far as it beat retrieval's own order on later lists, down to not at all (`trust` in the manifest).
 """
