@@ -2,8 +2,9 @@
 
     python train_user.py                       # works on the newest release
 
-Two fits. The first holds out the newest events: they choose the number of epochs, and the reranker later learns from them with this
-tower, which never saw them. The second learns from everything for as many epochs; it is the one that serves.
+Two fits. The first holds out the newest events: they choose the number of epochs and how far links are trusted, and the reranker
+later learns from them with this tower, which never saw them. The second learns from everything for as many epochs; it is the one
+that serves.
 
 Loss: sampled softmax over in-batch targets and negatives, half of them uniform and half hard: drawn from what the tower itself
 ranks high. Each counts by how likely it was to be among them, so that the denominator is on average that of the full softmax
@@ -404,8 +405,10 @@ def main(options: UserOptions) -> None:
         parameters=parameter_groups, state=softmax,
     )  # fmt: skip
     trust = link_trust(tower, shop, links, held_out, profiles, options.history, RETRIEVED)
-    print(f"links from item to item count {trust:.1%} of what training makes of them: later days bear out so much")
     if PartialState().is_main_process:
+        print(
+            f"links from item to item count {trust:.1%} of what they weigh in training: the held-out days bear out so much"
+        )
         release.save_weights(USER_TOWER_HOLDOUT, tower)
 
     if options.refit:
