@@ -245,8 +245,6 @@ def retrieve(
     """The best `count` catalogue rows for each request by exact search, without what the shopper met before; of items that had no
     event yet at least the best `new`. The distinct rows `kept` of each request, `count` at most, are among them however they score.
     """
-    untouched = shop.popularity_as_of(requests.as_of)[:, -1] > 0
-    count = min(count, len(untouched))
     parts: list[Retrieved] = []
     start = 0
     for scored in _scored(tower, shop, links, requests, profiles, history, progress):
@@ -254,7 +252,7 @@ def retrieve(
         start += len(scored.requests)
         logits = scored.unlinked + tower.link_scores(scored.together, scored.variant)
         _hide_met(logits, shop, scored.requests, of_part)
-        found = best(logits, count, untouched, new).numpy()
+        found = best(logits, min(count, logits.shape[1]), scored.untouched, new).numpy()
         if of_part is not None:
             found = np.stack([with_kept(*row) for row in zip(found, of_part, logits.numpy(), strict=True)])
         taken = (logits.numpy(), scored.together, scored.variant)
@@ -273,22 +271,21 @@ def link_trust(
     Training counts links that were made around the very days it learns from. What is asked later is asked of older links, and they
     say less, the less the longer ago and the faster a shop's goods change.
     """
-    hits = np.zeros(len(LINK_TRUSTS), dtype=np.int64)
+    found: dict[float, list[np.ndarray]] = {trust: [] for trust in LINK_TRUSTS}
     for scored in _scored(tower, shop, links, requests, profiles, history):
         _hide_met(scored.unlinked, shop, scored.requests)
         added = tower.link_scores(scored.together, scored.variant)
-        for number, trust in enumerate(LINK_TRUSTS):
-            found = (scored.unlinked + trust * added).topk(min(count, added.shape[1])).indices.numpy()
-            answers = zip(scored.requests.answers, found, strict=True)
-            hits[number] += sum(int(np.isin(answer, row).sum()) for answer, row in answers)
-    return max(zip(hits, LINK_TRUSTS, strict=True))[1]
+        for trust, rows in found.items():
+            rows.append((scored.unlinked + trust * added).topk(min(count, added.shape[1])).indices.numpy())
+    return max(LINK_TRUSTS, key=lambda trust: (recall(np.concatenate(found[trust]), requests.answers, count), trust))
 
 
 @dataclass(frozen=True)
 class _Scored:
-    """B requests and the whole catalogue."""
+    """B requests and the whole catalogue of N."""
 
     requests: Requests
+    untouched: Tensor  # bool [N], items that had no event yet
     queries: Tensor  # float32 [B, D]
     unlinked: Tensor  # float32 [B, N], logits before links
     together: np.ndarray  # float32 [B, N], see ItemLinks.scores
@@ -302,6 +299,7 @@ def _scored(
     """So many requests at once as fit into memory, in order."""
     popularity = shop.popularity_as_of(requests.as_of)
     keys = item_keys(tower, torch.from_numpy(shop.vectors), popularity)
+    untouched = popularity[:, -1] > 0
     batch_size = max(1, min(SCORE_BATCH, MOST_SCORES // len(keys)))
     every = np.arange(len(keys))
     starts = range(0, len(requests), batch_size)
@@ -311,7 +309,7 @@ def _scored(
         index = shop.history_as_of(part.users, now, history)
         query = tower(shop.user_batch(tower, index, part.users, part.contexts, now, profiles, popularity))
         together, variant = links.scores(shop.histories.item[index.index], index.mask, every)
-        yield _Scored(part, query, query @ keys.T, together, variant)
+        yield _Scored(part, untouched, query, query @ keys.T, together, variant)
 
 
 def _hide_met(logits: Tensor, shop: ShopData, requests: Requests, kept: Sequence[np.ndarray] | None = None) -> None:
