@@ -545,8 +545,8 @@ def rerank_batch(
     masked_std = past.std * past.mask[:, :, None]
     masked_re = past.re * past.mask[:, :, None]
     return RerankBatch(
-        user_std=torch.from_numpy(np.stack([most_common_ids(ids.ravel()) for ids in masked_std])),
-        user_re=torch.from_numpy(np.stack([most_common_ids(ids.ravel()) for ids in masked_re])),
+        user_std=torch.from_numpy(most_common_ids(masked_std.reshape(len(rows), -1))),
+        user_re=torch.from_numpy(most_common_ids(masked_re.reshape(len(rows), -1))),
         user_dense=torch.from_numpy(user_dense.astype(np.float32)),
         item_std=torch.from_numpy(candidates.std.astype(np.int64)),
         item_re=torch.from_numpy(candidates.re.astype(np.int64)),
@@ -555,7 +555,16 @@ def rerank_batch(
 
 
 def most_common_ids(ids: np.ndarray, count: int = MAX_HISTORY_IDS) -> np.ndarray:
-    """The ids that occur most in `ids` (padding ignored), most frequent first, zero padded: int64 [count]."""
-    values, counts = np.unique(ids[ids != PAD], return_counts=True)
-    top = values[np.argsort(-counts, kind="stable")[:count]]
-    return np.concatenate([top, np.zeros(count - len(top), dtype=np.int64)]).astype(np.int64)
+    """Of each row of ids int [B, M] those that occur most (padding ignored), most frequent first, of equal ones the smallest first,
+    then zeros: int64 [B, count]."""
+    lists, width = ids.shape
+    ordered = np.sort(ids, axis=1)
+    starts = np.ones((lists, width + 1), dtype=bool)  # of a run of one id; the last column is the end of the last run
+    np.not_equal(ordered[:, 1:], ordered[:, :-1], out=starts[:, 1:width])
+    columns = np.arange(width + 1)
+    next_start = np.minimum.accumulate(np.where(starts, columns, width)[:, :0:-1], axis=1)[:, ::-1]
+    times = (next_start - columns[:-1]) * (starts[:, :-1] & (ordered != PAD))
+    top = np.argsort(-times, axis=1, kind="stable")[:, :count]
+    found = np.zeros((lists, count), dtype=np.int64)
+    found[:, : top.shape[1]] = np.take_along_axis(ordered * (times > 0), top, axis=1)
+    return found

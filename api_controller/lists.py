@@ -129,6 +129,8 @@ def _count_rules(service: Service, used: pipeline.RulesUsed | None) -> None:
 
 def _known_values(recommender: pipeline.Recommender, part: str, std: dict[str, list[str]]) -> dict[str, list[str]]:
     """A part of the filter in the schema's own spelling; 422 on a field or value that the shop does not have."""
+    if not std:
+        return {}
     allowed = recommender.allowed_values()
     found: dict[str, list[str]] = {}
     for field, values in std.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -331,8 +333,19 @@ def test_events_on_products_without_features_are_left_out():
 
 # ----------------------------------------------------------------------------------------------------------- reranking
 def test_most_common_ids_by_count_then_id():
-    assert most_common_ids(np.array([0, 5, 4, 5, 0, 9]), 4).tolist() == [5, 4, 9, 0]
-    assert most_common_ids(np.zeros(0, dtype=np.int64), 2).tolist() == [0, 0]
+    assert most_common_ids(np.array([[0, 5, 4, 5, 0, 9], [0, 0, 0, 0, 0, 0]]), 4).tolist() == [
+        [5, 4, 9, 0],
+        [0, 0, 0, 0],
+    ]
+    assert most_common_ids(np.zeros((1, 0), dtype=np.int64), 2).tolist() == [[0, 0]]
+
+
+@given(hnp.arrays(np.int64, hnp.array_shapes(min_dims=2, max_dims=2, max_side=12), elements=st.integers(0, 6)))
+def test_most_common_ids_are_those_of_a_count(ids: np.ndarray):
+    for row, found in zip(ids, most_common_ids(ids, 4), strict=True):
+        times = Counter(row[row > 0].tolist())
+        expected = sorted(times, key=lambda one: (-times[one], one))[:4]
+        assert found.tolist() == expected + [0] * (4 - len(expected))
 
 
 def test_an_unknown_price_is_the_centre():
