@@ -381,9 +381,10 @@ class Vectors:
         self, connection: Connection[Any], release: str, part: int, rows: int, m: int, ef_construction: int
     ) -> None:
         if part == OUTSTANDING:
-            # They are few, and most searches end among them. Of a great catalogue's best sellers many are much alike, and a search
-            # does not reach all of such a crowd by the links that are enough elsewhere.
-            m, ef_construction = min(MAX_M, 2 * m), min(MAX_EF_CONSTRUCTION, 3 * ef_construction)
+            # They are few, and most searches end among them. Of a great catalogue's best sellers many are much alike, and with the
+            # links that are enough elsewhere a build may leave such a crowd where no search, however wide, gets to it. With twice
+            # as many some builds still do: which, chance decides, for pgvector draws the levels of a graph at random.
+            m, ef_construction = min(MAX_M, 3 * m), min(MAX_EF_CONSTRUCTION, 4 * ef_construction)
         statement = sql.SQL(
             "CREATE INDEX {} ON {} USING hnsw (placed halfvec_ip_ops) WITH (m = {}, ef_construction = {}) WHERE part = {}"
         ).format(

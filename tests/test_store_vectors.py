@@ -445,7 +445,7 @@ def test_the_parts_of_an_index_answer_as_one_and_the_untouched_have_their_share(
         assert search(0, new=5).product_ids == untouched[:5]
 
 
-@pytest.mark.parametrize(("given", "outstanding"), [((8, 40), (16, 120)), ((60, 400), (100, 1000))])
+@pytest.mark.parametrize(("given", "outstanding"), [((8, 40), (24, 160)), ((60, 400), (100, 1000))])
 def test_the_outstanding_are_linked_with_more_care_within_what_pgvector_takes(shop, given, outstanding):
     shop.vectors.build_index(RELEASE, *given)
     with shop.pool.connection() as connection:
