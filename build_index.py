@@ -29,7 +29,7 @@ from search_space import SearchSpace
 from settings import Settings, UserError, run_script
 from shop_data import ShopData, validation_start
 from store import ItemRows, Store
-from store.vectors import BuildCost
+from store.vectors import OUTSTANDING, BuildCost
 from text_encoder import TextEncoder
 from train_user import item_keys, retrieve
 
@@ -92,8 +92,11 @@ def copy_rows(
 ) -> None:
     """Into a table that was begun; `linked` gives the links of a row, and how strong they are."""
     placed, part = space.place(rows.vectors)
-    # The long ones first: the graph grows around what many searches end at.
-    order = np.argsort(-np.linalg.norm(placed[:, :-1], axis=1), kind="stable")
+    # The long ones first: the graph grows around what many searches end at. Not so the outstanding: of them one is as good a start
+    # as another, and where those that are much alike come one after the other, they are linked to each other and to nothing else.
+    length = np.linalg.norm(placed[:, :-1], axis=1)
+    chance = np.random.default_rng(0).random(len(length))
+    order = np.argsort(np.where(part == OUTSTANDING, chance, -length), kind="stable")
     for start in tqdm(range(0, len(order), COPY_BATCH), desc="copying vectors", unit="batch", leave=False):
         batch = order[start : start + COPY_BATCH]
         links = [linked(row) for row in batch.tolist()]
@@ -141,9 +144,30 @@ def search_width(
     options: IndexOptions,
 ) -> tuple[int, float]:  # fmt: skip
     """The least of SEARCH_WIDTHS that finds enough, and what it finds. How wide a search must be depends on the data: items in
-    tight clusters, as of a catalogue of few attributes, need more. Raises UserError when even the widest finds too little."""
+    tight clusters, as of a catalogue of few attributes, need more."""
     for ef_search in SEARCH_WIDTHS:
         recall = index_recall(store, table, rows, ids, queries, space, ef_search)
+        if recall >= options.recall:
+            break
+    return ef_search, recall
+
+
+def build_graph(
+    store: Store, table: str, rows: np.ndarray, ids: list[str], queries: np.ndarray, space: SearchSpace,
+    options: IndexOptions,
+) -> tuple[int, float]:  # fmt: skip
+    """Build the index over a table's rows; how wide it has to be searched, and what it then finds, as `search_width`.
+
+    Where that is too little even in the widest searches, chance may have cut off a crowd of the outstanding (see
+    Vectors._build_part): their graph is built once more. Raises UserError when the index then finds less than it must.
+    """
+    for anew in (None, OUTSTANDING):
+        with tqdm(total=100, desc="building the HNSW index", unit="%", leave=False) as bar:
+            store.vectors.build_index(
+                table, options.hnsw_m, options.ef_construction,
+                lambda share, bar=bar: bar.update(round(100 * share) - bar.n), anew,
+            )  # fmt: skip
+        ef_search, recall = search_width(store, table, rows, ids, queries, space, options)
         if recall >= options.recall:
             break
     if recall < options.min_recall:
@@ -215,12 +239,7 @@ def main(options: IndexOptions) -> None:
 
         copy_rows(store, table, ItemRows(ids, rows, shop.items.std, shop.items.re), space, linked)
         print(foreseen(store.vectors.build_cost(table, options.hnsw_m, options.ef_construction)))
-        with tqdm(total=100, desc="building the HNSW index", unit="%", leave=False) as bar:
-            store.vectors.build_index(
-                table, options.hnsw_m, options.ef_construction,
-                lambda share: bar.update(round(100 * share) - bar.n),
-            )  # fmt: skip
-        ef_search, recall = search_width(
+        ef_search, recall = build_graph(
             store, table, rows, ids, queries[fitted:] if len(queries) > 1 else queries, space, options
         )
         store.vectors.finish(release.name)

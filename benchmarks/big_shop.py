@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from build_index import CHECKED_QUERIES, FITTED_QUERIES, IndexOptions, copy_rows, search_width
+from build_index import CHECKED_QUERIES, FITTED_QUERIES, IndexOptions, build_graph, copy_rows
 from catalog import Event, Product, RawProduct, User
 from release import SEARCH_SPACE, Release
 from run_split import MODELS, is_done, open_home, run_step
@@ -124,12 +124,10 @@ def _fill(store: Store, base: Base, release: Release, items: int) -> None:
         return [name_of(number) for number in random.integers(items, size=LINKS).tolist()], strengths.tolist()
 
     copy_rows(store, table, rows, space, linked)
-    with tqdm(total=100, desc="building the HNSW index", unit="%") as bar:
-        store.vectors.build_index(table, progress=lambda share: bar.update(round(100 * share) - bar.n))
-    seconds = time.monotonic() - started
-    ef_search, recall = search_width(
+    ef_search, recall = build_graph(
         store, table, rows.vectors, rows.product_ids, queries[FITTED_QUERIES:], space, IndexOptions(_env_file=None)
     )
+    seconds = time.monotonic() - started
     store.vectors.finish(RELEASE)
     release.record(
         "index", **{**release.manifest["index"], "ef_search": ef_search, "recall": recall, "seconds": seconds}

@@ -295,7 +295,7 @@ def measure(
         found = index_recall(store, RELEASE, rows.vectors, rows.product_ids, queries, space, ef_search)
         note("recall@100 of the index", found)
         note("hnsw.ef_search", ef_search)
-        note("index build, s", release.manifest["index"]["seconds"])
+        note("index build and check, s", release.manifest["index"]["seconds"])
         note("memory of an index build, MB", store.vectors.build_cost(RELEASE).megabytes)
         with store.pool.connection() as connection:
             size = connection.execute("SELECT pg_indexes_size(%s::regclass)", (table_of(RELEASE).as_string(None),))

@@ -346,20 +346,25 @@ class Vectors:
         m: int = 16,
         ef_construction: int = 64,
         progress: Callable[[float], None] | None = None,
+        anew: int | None = None,
     ) -> None:
-        """Build the HNSW indexes over inner product, one a part. `progress` is given the share that is done, 0 to 1."""
+        """Build the HNSW indexes over inner product, one a part; or only that of the part `anew`, in the place of the one it has.
+        `progress` is given the share that is done, 0 to 1."""
         with self._pool.connection() as builder, ThreadPoolExecutor(1) as thread:
             rows = dict(
                 builder.execute(
                     sql.SQL("SELECT part, count(*) FROM {} GROUP BY part").format(table_of(release))
                 ).fetchall()
             )
-            total, done = max(1, sum(rows.values())), 0
-            for part in range(PARTS):
+            parts = range(PARTS) if anew is None else [anew]
+            total, done = max(1, sum(rows.get(part, 0) for part in parts)), 0
+            for part in parts:
                 # The backend's id names this build in the progress view, whoever else builds.
                 backend = builder.info.backend_pid
                 count = rows.get(part, 0)
-                build = thread.submit(self._build_part, builder, release, part, count, m, ef_construction)
+                build = thread.submit(
+                    self._build_part, builder, release, part, count, m, ef_construction, anew is not None
+                )
                 try:
                     while True:
                         try:
@@ -378,18 +383,17 @@ class Vectors:
             progress(1.0)
 
     def _build_part(
-        self, connection: Connection[Any], release: str, part: int, rows: int, m: int, ef_construction: int
+        self, connection: Connection[Any], release: str, part: int, rows: int, m: int, ef_construction: int, anew: bool
     ) -> None:
         if part == OUTSTANDING:
             # They are few, and most searches end among them. Of a great catalogue's best sellers many are much alike, and with the
-            # links that are enough elsewhere a build may leave such a crowd where no search, however wide, gets to it. With twice
-            # as many some builds still do: which, chance decides, for pgvector draws the levels of a graph at random.
+            # links that are enough elsewhere a build may leave such a crowd where no search, however wide, gets to it. Which does,
+            # chance decides, for pgvector draws the levels of a graph at random: see build_index.build_graph.
             m, ef_construction = min(MAX_M, 3 * m), min(MAX_EF_CONSTRUCTION, 4 * ef_construction)
+        name = _index_of(release, part)
         statement = sql.SQL(
             "CREATE INDEX {} ON {} USING hnsw (placed halfvec_ip_ops) WITH (m = {}, ef_construction = {}) WHERE part = {}"
-        ).format(
-            _index_of(release, part), table_of(release), sql.Literal(m), sql.Literal(ef_construction), sql.Literal(part)
-        )
+        ).format(name, table_of(release), sql.Literal(m), sql.Literal(ef_construction), sql.Literal(part))
         for workers in (None, "0"):
             try:
                 with connection.transaction():
@@ -402,6 +406,8 @@ class Vectors:
                         connection.execute(
                             "SELECT set_config('max_parallel_maintenance_workers', %s, true)", (workers,)
                         )
+                    if anew:
+                        connection.execute(sql.SQL("DROP INDEX IF EXISTS {}").format(name))
                     connection.execute(statement)
                 return
             except (psycopg.errors.DiskFull, psycopg.errors.OutOfMemory):

@@ -23,7 +23,7 @@ from recommender import CANDIDATES, Answer, Recommender, Request
 from release import USER_TOWER_HOLDOUT, ItemEncoder, Release
 from settings import UserError
 from shop_data import Requests, ShopData
-from store import Filters, Found, Store, UserState, vectors
+from store import Filters, Found, ItemRows, Store, UserState, vectors
 from tests.conftest import TINY_SHOP
 from tests.serving import eventually
 from tests.tiny import tiny_text_encoder
@@ -97,7 +97,7 @@ def test_products_that_nobody_met_have_their_share_of_the_candidates(new_shop):
     assert (np.diff(with_share.scores) <= 0).all()
 
 
-def test_searches_are_as_wide_as_the_index_needs_and_a_bad_index_is_refused(asked, shop):
+def test_searches_are_as_wide_as_the_index_needs(asked, shop):
     """Rows turned about stand for an index that finds the wrong items: of the best 100, only what is near the middle."""
     store, recommender = asked
     release = Release.open(shop.models_dir)
@@ -105,18 +105,63 @@ def test_searches_are_as_wide_as_the_index_needs_and_a_bad_index_is_refused(aske
     rows, space = build_index.index_rows(data, release), release.search_space()
     queries = build_index.queries_of_shoppers(data, release, data.links(data.now), 20)
 
-    def width(rows, **bounds):
-        options = build_index.IndexOptions(**shop.model_dump(), **bounds)
+    def width(rows):
+        options = build_index.IndexOptions(**shop.model_dump())
         return build_index.search_width(store, release.name, rows, data.items.product_ids, queries, space, options)
 
     ef_search, recall = width(rows)
     assert ef_search == build_index.SEARCH_WIDTHS[0]
     assert recall >= 0.99
-    ef_search, recall = width(-rows, min_recall=0.0)
+    ef_search, recall = width(-rows)
     assert ef_search == build_index.SEARCH_WIDTHS[-1]
     assert recall < 0.5
-    with pytest.raises(UserError, match=r"finds only 0.*raise --hnsw-m"):
-        width(-rows)
+
+
+def test_an_index_that_finds_too_little_has_the_graph_of_the_outstanding_built_anew_once(asked, shop, monkeypatch):
+    store, recommender = asked
+    release = Release.open(shop.models_dir)
+    data = ShopData.of_release(store, recommender.live().encoder, release)
+    rows, space = build_index.index_rows(data, release), release.search_space()
+    table = store.vectors.begin(release.name, rows.shape[1])
+    items = ItemRows(data.items.product_ids, rows, data.items.std, data.items.re)
+    build_index.copy_rows(store, table, items, space, lambda row: ([], []))
+
+    # Those alike are not neighbours in the table, from which the graph is built in order, though the others are by their length.
+    with store.pool.connection() as connection:
+        found = connection.execute(f'SELECT product_id, part FROM "item_vectors_{table}" ORDER BY ctid').fetchall()
+    placed, part = space.place(rows)
+    length = dict(zip(items.product_ids, np.linalg.norm(placed[:, :-1], axis=1), strict=True))
+    for one, in_order in ((vectors.USUAL, True), (vectors.OUTSTANDING, False)):
+        lengths = [length[name] for name, its_part in found if its_part == one]
+        assert len(lengths) == (part == one).sum() > 2
+        assert (lengths == sorted(lengths, reverse=True)) == in_order
+
+    def build(*found: float, **bounds: float) -> tuple[tuple[int, float], list[int]]:
+        """The indexes of the parts are objects of the database with the numbers given."""
+        answers = iter(found)
+        monkeypatch.setattr(build_index, "index_recall", lambda *given: next(answers))
+        options = build_index.IndexOptions(**shop.model_dump(), **bounds)
+        result = build_index.build_graph(store, table, rows, items.product_ids, rows[:1], space, options)
+        assert not list(answers)
+        with store.pool.connection() as connection:
+            numbers = connection.execute(
+                "SELECT oid FROM pg_class WHERE starts_with(relname, %s) ORDER BY relname",
+                (f"item_vectors_{table}_hnsw",),
+            ).fetchall()
+            connection.execute("DROP INDEX " + ", ".join(f'"item_vectors_{table}_hnsw{n}"' for n in range(3)))
+        return result, [number for (number,) in numbers]
+
+    best, numbers = build(0.9, 0.996)
+    assert best == (200, 0.996)
+    assert numbers == sorted(numbers)  # one after the other
+    best, numbers = build(0.9, 0.9, 0.9, 0.96, 1.0)
+    assert best == (100, 1.0)
+    assert max(numbers) == numbers[vectors.OUTSTANDING]
+    best, numbers = build(0.9, 0.9, 0.9, 0.96, 0.9, 0.9, 0.9, 0.97)  # hard, not unlucky
+    assert best == (800, 0.97)
+    with pytest.raises(UserError, match=r"finds only 0\.900 .*raise --hnsw-m"):
+        build(*[0.9] * 8)
+    store.vectors.drop(table)
 
 
 def test_an_answer_has_k_distinct_ranked_items_with_reasons(asked):
