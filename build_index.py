@@ -181,8 +181,8 @@ def build_graph(
 def check_not_worse(
     store: Store, shop: ShopData, release: Release, options: IndexOptions, text_encoder: TextEncoder
 ) -> None:
-    """Raises WorseError when the live release foresees the same events better than this one by more than the margin, UserError
-    when this one is damaged. A live one that cannot be compared keeps nobody out, and that is said."""
+    """Raises WorseError when the live release foresees the same events better than this one by more than the margin and chance,
+    UserError when this one is damaged. A live one that cannot be compared keeps nobody out, and that is said."""
     name = Release.current(options.models_dir)
     if name is None or name == release.name or name not in Release.names(options.models_dir):
         return
@@ -192,7 +192,7 @@ def check_not_worse(
     except UserError as error:
         print(f"release {release.name} is not compared with the live {name}, and may take its place: {error}")
         return
-    if comparison.new < comparison.live * (1.0 - options.margin):
+    if comparison.worse(options.margin):
         raise WorseError(
             f"release {release.name} is worse than the live {name}: {comparison}; it stays as it is, indexed but not live "
             f"(--margin {options.margin} decides)"

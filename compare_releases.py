@@ -1,5 +1,7 @@
 """Two releases judged by the same newest events, of which neither learned: whether a new one may take the live one's place.
 
+It may not where it is worse beyond chance: the shoppers of few days are few, and one list more or less decides nothing.
+
 What each stage says of itself when it is trained is of its own held-out days. Those of two nights are not the same, and shoppers
 are easier to foresee on some days than on others, so such figures are not to be compared.
 
@@ -18,12 +20,14 @@ from datetime import UTC, datetime
 
 import numpy as np
 
+import metrics
+from metrics import Ratio
 from release import USER_TOWER_HOLDOUT, ItemEncoder, Release
 from settings import UserError
 from shop_data import Requests, ShopData
 from store import Store
 from text_encoder import TextEncoder
-from train_user import RETRIEVED, recall, retrieve
+from train_user import RETRIEVED, retrieve
 
 MOST_REQUESTS = 2000  # drawn from all: each is a search of the whole catalogue by both
 
@@ -32,14 +36,19 @@ MOST_REQUESTS = 2000  # drawn from all: each is a search of the whole catalogue 
 class Comparison:
     """recall@RETRIEVED of both releases on the same requests."""
 
-    new: float
-    live: float
-    requests: int
+    new: Ratio
+    live: Ratio
     since: float  # epoch seconds
 
+    def worse(self, margin: float) -> bool:
+        """Whether the new one is worse by more than this share of the live one's, as sure as an interval of 95 % makes it."""
+        enough = Ratio(self.live.numerator * (1.0 - margin), self.live.denominator)
+        return metrics.compare([(self.new, enough)])[0].high < 0
+
     def __str__(self) -> str:
+        new, live = (ratio.numerator.sum() / ratio.denominator.sum() for ratio in (self.new, self.live))
         return (
-            f"recall@{RETRIEVED} {self.new:.4f} against {self.live:.4f}, on the same {self.requests} requests since "
+            f"recall@{RETRIEVED} {new:.4f} against {live:.4f}, on the same {len(self.new.numerator)} requests since "
             f"{datetime.fromtimestamp(self.since, UTC):%Y-%m-%d}, which neither learned from"
         )
 
@@ -57,17 +66,16 @@ def compare(store: Store, shop: ShopData, new: Release, live: Release, text_enco
             f"no shopper met anything new since {datetime.fromtimestamp(since, UTC):%Y-%m-%d}, the first day new to both"
         )
     chosen = np.random.default_rng(0).permutation(len(asked))[:MOST_REQUESTS]
-    return Comparison(
-        judge(new, shop, asked.take(chosen)), judge(live, as_live_sees_it, again.take(chosen)), len(chosen), since
-    )
+    return Comparison(judge(new, shop, asked.take(chosen)), judge(live, as_live_sees_it, again.take(chosen)), since)
 
 
-def judge(release: Release, shop: ShopData, requests: Requests) -> float:
-    """recall@RETRIEVED of a release's held-out user tower."""
+def judge(release: Release, shop: ShopData, requests: Requests) -> Ratio:
+    """recall@RETRIEVED of a release's held-out user tower, by request."""
     tower = release.aligned_user_tower(shop.items.product_ids, USER_TOWER_HOLDOUT)
     profiles = release.profile_scaler().transform(shop.profiles)
     found = retrieve(tower, shop, shop.links(requests.as_of), requests, profiles, tower.config.history, RETRIEVED)
-    return recall(found.rows, requests.answers, RETRIEVED)
+    hits = [np.isin(answer, rows).sum() for answer, rows in zip(requests.answers, found.rows, strict=True)]
+    return Ratio(np.array(hits, dtype=float), np.array([len(answer) for answer in requests.answers], dtype=float))
 
 
 def both_know(requests: Requests, shop: ShopData, other: ShopData) -> tuple[Requests, Requests]:

@@ -9,7 +9,8 @@ import pytest
 
 import build_index
 from build_index import IndexOptions, WorseError
-from compare_releases import both_know, compare
+from compare_releases import Comparison, both_know, compare
+from metrics import Ratio
 from release import USER_TOWER_HOLDOUT, ItemEncoder, Release
 from settings import Settings, UserError
 from shop_data import ShopData
@@ -82,8 +83,10 @@ def test_both_are_judged_by_what_came_after_the_later_of_their_days(shop):
             first.manifest["user_tower"]["validation_start"] = later
             second.manifest["user_tower"]["validation_start"] = own
             found = compare(store, data, new, live, encoder.text_encoder)
-            assert (found.since, found.requests) == (later, len(data.requests(later, data.now, later)))
-            assert found.new == found.live > 0
+            assert (found.since, len(found.new.numerator)) == (later, len(data.requests(later, data.now, later)))
+            assert found.new.numerator.tolist() == found.live.numerator.tolist()
+            assert found.new.denominator.tolist() == found.live.denominator.tolist()
+            assert 0 < found.new.numerator.sum() < found.new.denominator.sum()
         new.manifest["user_tower"]["validation_start"] = data.now + 1.0
         with pytest.raises(UserError, match="no shopper met anything new"):
             compare(store, data, new, live, encoder.text_encoder)
@@ -146,3 +149,19 @@ def test_a_new_release_that_cannot_be_judged_stays_out(shop):
 )
 def test_what_a_build_takes_is_said_first(cost, said):
     assert said in build_index.foreseen(cost)
+
+
+def test_it_takes_enough_shoppers_to_be_worse():
+    """Of every ten, the live one finds what five took, the new one what four of them took."""
+
+    def found(shoppers: int, hits: int) -> Ratio:
+        return Ratio((np.arange(shoppers) % 10 < hits).astype(float), np.ones(shoppers))
+
+    few, many = (Comparison(found(shoppers, 4), found(shoppers, 5), 0.0) for shoppers in (10, 1000))
+    assert not few.worse(0.1)
+    assert many.worse(0.1)
+    assert not many.worse(0.2)
+    assert (
+        str(few)
+        == "recall@100 0.4000 against 0.5000, on the same 10 requests since 1970-01-01, which neither learned from"
+    )
