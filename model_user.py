@@ -180,11 +180,11 @@ class UserTower(nn.Module):
     def realign(self, rows: list[int]) -> None:
         """Reorder the collaborative table to another catalogue: `rows[i]` is item i's trained row, -1 if it has none.
 
-        Items that came after training start at zero, and learn when the tower is trained again.
+        Items that came after training start at zero, and learn when the tower is trained again, or goes on learning.
         """
         index = torch.tensor(rows, dtype=torch.int64)
         weight = self.collaborative.weight[index.clamp(min=0)] * (index >= 0).unsqueeze(1)
-        self.collaborative = nn.Embedding.from_pretrained(weight)
+        self.collaborative = nn.Embedding.from_pretrained(weight, freeze=False)
         self.config = replace(self.config, items=len(rows))
 
     def forget(self, batch: UserBatch, rate: float) -> UserBatch:

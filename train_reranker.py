@@ -2,9 +2,13 @@
 
     python train_reranker.py                   # works on the newest release
 
-The held-out days of stage 2 are replayed: for each request of those days the user tower that never saw them retrieves the
-candidates as of that moment; what the shopper then took are the positives, the other candidates are the negatives. Tables come
-from the item tower, the order starts at retrieval's own, and a listwise softmax (Cao et al., ICML 2007) improves it.
+The held-out days of stage 2 are replayed, as of `--moments` moments in them: for each request the user tower that never saw those
+days retrieves the candidates; what the shopper then took are the positives, the other candidates are the negatives. At the last
+moment the tower goes on learning, from all that happened until then: so the lists that judge are as a shop would show them that
+had just trained. By those of a tower left as it was, a reranker would be praised for having learned in its stead what has come to
+sell since, which the tower that serves knows by itself.
+
+Tables come from the item tower, the order starts at retrieval's own, and a listwise softmax (Cao et al., ICML 2007) improves it.
 
 The newest of these requests judge, and are later than all that were learned from: other shoppers of the same days buy the same
 things, and would praise a model that has learned what sold on those days. They choose the epoch, and how far to trust the model at
@@ -50,7 +54,7 @@ from tensors import (
     user_dense_names,
 )
 from text_encoder import TextEncoder
-from train_user import Retrieved, item_keys, retrieve
+from train_user import Retrieved, UserOptions, item_keys, learn_on, retrieve
 from training import TrainOptions, finish, fit, shuffled_batches
 
 STAGE = "reranker"
@@ -77,7 +81,7 @@ class RerankerOptions(TrainOptions):
     new_goods: float = Field(
         0.1, ge=0, lt=1, description="share of the candidates kept for products that nobody met yet, when serving too"
     )
-    moments: int = Field(4, ge=1, le=100, description="moments in the held-out days from which requests are replayed")
+    moments: int = Field(4, ge=1, le=100, description="moments in the held-out days as of which requests are replayed")
     transfer: bool = Field(True, description="start from the item tower's STD and RE tables")
     hidden: list[int] = Field([128, 64], description="widths of the deep part")
     refit: bool = Field(True, description="learn from the judging requests too before serving")
@@ -268,11 +272,12 @@ def with_contexts(shop: ShopData, contexts: list[str], text_encoder: TextEncoder
 def replay(
     shop: ShopData, release: Release, options: RerankerOptions, shown: list[ShownList]
 ) -> tuple[ListFeatures, PriceScale]:
-    """Retrieve candidates for the requests of the held-out days, as of `moments` moments in them: for lists that were shown, and
-    for what shoppers took in a stretch of time in which they were shown none."""
+    """Retrieve candidates for the requests of the held-out days, as of `moments` moments in them, in the end with a user tower that
+    learned all until then: for lists that were shown, and for what shoppers took in a stretch in which they were shown none."""
     part = release.manifest["user_tower"]
     start, end = part["validation_start"], shop.now
     tower = release.aligned_user_tower(shop.items.product_ids, USER_TOWER_HOLDOUT)
+    learning = UserOptions(**part["options"], _env_file=None)
     profiles = release.profile_scaler().transform(shop.profiles)
     per_moment = -(-SLICES // options.moments)  # rounded up
     edges = np.linspace(start, end, options.moments * per_moment + 1)
@@ -280,6 +285,8 @@ def replay(
     keys: dict[float, np.ndarray] = {}
     for number in range(len(edges) - 1):
         moment = float(edges[number - number % per_moment])
+        if number == (options.moments - 1) * per_moment > 0:
+            learn_on(tower, shop, learning, profiles, moment, release.folder, f"{STAGE}_replay")
         of_part = [one for one in shown if edges[number] <= one.at < edges[number + 1]]
         seen_requests, seen, places = shown_requests(shop, of_part, moment, options.candidates)
         replayed: Requests = shop.requests(edges[number], edges[number + 1], moment)

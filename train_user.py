@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,7 @@ SCORE_BATCH = 256  # requests scored against the whole catalogue at once, at mos
 MOST_SCORES = 32_000_000  # of those requests: several tables of so many numbers live at a time
 MINING_REQUESTS = 1024  # that hard negatives are mined from, each epoch
 MINED = 50  # top items of each
+GOING_ON = 0.3  # of the learning rate, for a tower that is trained and goes on learning
 LINK_TRUSTS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)  # shares of the learned weights of links that are tried
 
 
@@ -82,15 +84,17 @@ class UserOptions(HoldOutOptions):
 class SampledSoftmax:
     """Batches and loss of the user tower over events in [shop's start, end)."""
 
-    def __init__(self, shop: ShopData, tower: UserTower, options: UserOptions, start: float, end: float) -> None:
-        self.shop, self.tower, self.options, self.end = shop, tower, options, end
+    def __init__(
+        self, shop: ShopData, tower: UserTower, options: UserOptions, profiles: np.ndarray, start: float, end: float
+    ) -> None:
+        """profiles: of each user, scaled, float32 [U, P]. Raises UserError when there is nothing to learn from."""
+        self.shop, self.tower, self.options, self.profiles, self.end = shop, tower, options, profiles, end
         self.targets = shop.targets(max(start, end - options.train_days * DAY), end)
         if len(self.targets) < 2:
             raise UserError(
                 f"only {len(self.targets)} events to learn from before {np.datetime64(int(end), 's')} UTC; "
                 "import more events, or lower --validation-share"
             )
-        self.profiles = shop.profile_scaler(end).transform(shop.profiles)
         self.vectors = torch.from_numpy(shop.vectors)
         self.length = shop.histories.lengths(self.targets, options.history, options.baskets)
         self.day = (shop.histories.at[self.targets] // DAY).astype(np.int64)
@@ -211,6 +215,24 @@ class SampledSoftmax:
             np.add.at(counts, (query @ keys.T).topk(min(MINED, len(keys))).indices.numpy().ravel(), 1)
         self.tower.train(training)
         self.hard_share_of = counts / counts.sum()
+
+
+def learn_on(
+    tower: UserTower, shop: ShopData, options: UserOptions, profiles: np.ndarray, end: float, folder: Path, name: str
+) -> None:
+    """Let a trained tower go once more over all events before `end`, newer ones than it was trained with, in place: about what it
+    would be, trained then. Of the newer ones alone it would learn less than it forgets."""
+    config = tower.config
+    tower.config = replace(config, link_trust=1.0)  # as it learned before: or links would make up for what they lack
+    softmax = SampledSoftmax(shop, tower, options, profiles, shop.histories.at.min(), end)
+    rate = GOING_ON * options.learning_rate
+    once = options.model_copy(update={"epochs": 1, "learning_rate": rate, "fresh": True})
+    fit(
+        tower, softmax.batches, softmax.loss, lambda model: {"epochs": 0.0}, "epochs", once, folder, name, keep_best=False,
+        parameters=parameter_groups, state=softmax,
+    )  # fmt: skip
+    finish(folder, name)
+    tower.config = config
 
 
 def item_keys(tower: UserTower, vectors: Tensor, popularity: Tensor) -> Tensor:
@@ -396,8 +418,7 @@ def main(options: UserOptions) -> None:
 
     torch.manual_seed(options.seed)
     tower = new_tower()
-    softmax = SampledSoftmax(shop, tower, options, shop.histories.at.min(), split)
-    softmax.profiles = profiles
+    softmax = SampledSoftmax(shop, tower, options, profiles, shop.histories.at.min(), split)
     report = fit(
         tower, softmax.batches, softmax.loss, validate, f"recall@{RETRIEVED}", options, release.folder, STAGE,
         parameters=parameter_groups, state=softmax,
@@ -412,8 +433,7 @@ def main(options: UserOptions) -> None:
     if options.refit:
         torch.manual_seed(options.seed)
         tower = new_tower()
-        softmax = SampledSoftmax(shop, tower, options, shop.histories.at.min(), shop.now)
-        softmax.profiles = profiles
+        softmax = SampledSoftmax(shop, tower, options, profiles, shop.histories.at.min(), shop.now)
         again = options.model_copy(update={"epochs": max(1, report.best_epoch)})
         fit(
             tower, softmax.batches, softmax.loss, lambda model: {"epochs": 0.0}, "epochs", again, release.folder,

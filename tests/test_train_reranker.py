@@ -20,8 +20,16 @@ from settings import Settings, UserError
 from shop_data import ShopData
 from store import Impression, ShownList, Store
 from text_encoder import TextEncoder
-from train_reranker import Lists, RerankerOptions, impressions_to_use, ndcg_by_trust, place_effect, shown_requests
-from train_user import Retrieved, retrieve, with_kept
+from train_reranker import (
+    Lists,
+    RerankerOptions,
+    impressions_to_use,
+    ndcg_by_trust,
+    place_effect,
+    replay,
+    shown_requests,
+)
+from train_user import Retrieved, UserOptions, item_keys, learn_on, retrieve, with_kept
 
 SHOWN = 10  # items a list
 LIKED, OTHER = 0.9, 0.4  # how likely an item is taken at the first place; at place p, a p-th of it
@@ -293,3 +301,30 @@ def test_histories_of_many_moments_are_those_of_each(shop):
         assert together.index[row][together.mask[row]].tolist() == expected.tolist()
         alone = data.history_as_of(np.array([user]), float(moment), 10)
         assert alone.index[alone.mask].tolist() == expected.tolist()
+
+
+def test_lists_of_the_last_days_are_of_a_tower_that_learned_what_was_taken_until_then(shop):
+    with Store.open(shop) as store:
+        release = Release.open(shop.models_dir)
+        encoder = ItemEncoder(release, TextEncoder.load(shop))
+        data = ShopData.of_release(store, encoder, release)
+    features, _ = replay(data, release, options(shop, moments=3), [])
+    first, second, last = sorted(features.keys)
+    assert first == held_out_since(shop)
+    assert {first, second, last} == {moment for _, _, moment in features.lists.requests}
+    judging = features.lists.judging()
+    assert {features.lists.requests[row][2] for row in np.flatnonzero(judging)} == {last}
+
+    tower = release.aligned_user_tower(data.items.product_ids, "user_tower_holdout.pth")
+    vectors, profiles = torch.from_numpy(data.vectors), release.profile_scaler().transform(data.profiles)
+
+    def keys(moment: float) -> np.ndarray:
+        with torch.no_grad():
+            return np.asarray(item_keys(tower, vectors, data.popularity_as_of(moment)))
+
+    assert np.array_equal(features.keys[first], keys(first))
+    assert np.array_equal(features.keys[second], keys(second))
+    assert not np.array_equal(features.keys[last], keys(last))
+    learned = UserOptions(**release.manifest["user_tower"]["options"], _env_file=None)
+    learn_on(tower, data, learned, profiles, last, shop.models_dir, "test")
+    assert np.array_equal(features.keys[last], keys(last))

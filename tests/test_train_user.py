@@ -20,7 +20,7 @@ from shop_data import Requests, ShopData
 from store import EventLog
 from tensors import DAY, Histories, ItemFeatures, Popularity
 from text_encoder import Ragged
-from train_user import SampledSoftmax, UserOptions, best, link_trust, retrieve
+from train_user import SampledSoftmax, UserOptions, best, learn_on, link_trust, retrieve
 from training import fit
 
 ITEMS, SHOPPERS, DAYS = 200, 30, 4  # more items than are mined for a request
@@ -58,12 +58,16 @@ def shop() -> ShopData:
     return shop_of(np.tile(np.arange(SHOPPERS), DAYS * 2), product, day, ITEMS)
 
 
+def softmax_of(shop: ShopData, tower: UserTower, given: UserOptions, end: float) -> SampledSoftmax:
+    return SampledSoftmax(shop, tower, given, shop.profile_scaler(end).transform(shop.profiles), 0.0, end)
+
+
 def train(shop: ShopData, folder: Path, killed_at: int = 0) -> tuple[dict[str, torch.Tensor], int]:
     """Weights after three epochs with mined negatives, fewer than there are items, and how many steps that took."""
     given = UserOptions(_env_file=None, epochs=3, batch_size=16, negatives=16, learning_rate=0.01, checkpoint_seconds=0)
     torch.manual_seed(0)
     tower = UserTower(UserTowerConfig(ITEMS, 5, shop.popularity.width, 0, 3, collaborative=4, width=16, heads=2))
-    softmax, calls = SampledSoftmax(shop, tower, given, 0.0, shop.now), count(1)
+    softmax, calls = softmax_of(shop, tower, given, shop.now), count(1)
 
     def loss(model: torch.nn.Module, rows: np.ndarray) -> torch.Tensor:
         if next(calls) == killed_at:
@@ -142,7 +146,7 @@ def losses(shop: ShopData, weights: tuple[float, float], forget: float = 0.0, fo
     tower = tower_without_collaborative(shop)
     tower.link_growth.data = torch.tensor(weights)
     given = UserOptions(_env_file=None, forget=forget, forget_links=forget_links)
-    softmax = SampledSoftmax(shop, tower, given, 0.0, shop.now)
+    softmax = softmax_of(shop, tower, given, shop.now)
     return [softmax.loss(tower, np.array([row])).item() for row in softmax.targets]
 
 
@@ -169,7 +173,7 @@ def test_what_the_shopper_took_later_is_no_competitor_and_what_lies_after_the_en
     tower.link_growth.data.fill_(-1.0)
 
     def competitors(end: float) -> list[float]:
-        softmax = SampledSoftmax(shop, tower, UserOptions(_env_file=None), 0.0, end)
+        softmax = softmax_of(shop, tower, UserOptions(_env_file=None), end)
         return [np.exp(softmax.loss(tower, np.array([row])).item()) for row in softmax.targets]
 
     assert competitors(shop.now) == pytest.approx([3.0, 3.0, 4.0], rel=1e-4)  # of 1 and of 2 itself, 3 and 4
@@ -180,7 +184,7 @@ def test_what_the_shopper_took_later_is_no_competitor_and_what_lies_after_the_en
 def test_the_sampled_denominator_is_that_of_the_full_softmax_on_average(shop, hard_share):
     """Each candidate counts by the inverse of how likely it was to be there (Horvitz and Thompson), the batch's own aside."""
     given = UserOptions(_env_file=None, negatives=100, hard_share=hard_share)
-    softmax = SampledSoftmax(shop, tower_without_collaborative(shop), given, 0.0, shop.now)
+    softmax = softmax_of(shop, tower_without_collaborative(shop), given, shop.now)
     softmax.hard_share_of = np.arange(ITEMS) / np.arange(ITEMS).sum()
     worth, draws = np.random.default_rng(1).random(ITEMS), 4000
     torch.manual_seed(0)
@@ -197,7 +201,7 @@ def test_the_target_competes_for_certain_against_as_many_as_there_are(shop):
     for weight in tower.parameters():
         weight.data.zero_()
     tower.link_growth.data.fill_(-1.0)
-    softmax = SampledSoftmax(shop, tower, UserOptions(_env_file=None, negatives=100, hard_share=0.0), 0.0, shop.now)
+    softmax = softmax_of(shop, tower, UserOptions(_env_file=None, negatives=100, hard_share=0.0), shop.now)
     row, draws = softmax.targets[:1], 500
     taken = len(np.unique(shop.histories.item[shop.histories.user == shop.histories.user[row]]))
     torch.manual_seed(0)
@@ -225,7 +229,7 @@ def test_partners_are_retrieved_first_when_links_alone_know_them(tmp_path):
     shop = pairs_shop(OFTEN)
     given = UserOptions(_env_file=None, epochs=4, batch_size=16, learning_rate=0.01, collaborative=0)
     tower = tower_without_collaborative(shop)
-    softmax = SampledSoftmax(shop, tower, given, 0.0, shop.now)
+    softmax = softmax_of(shop, tower, given, shop.now)
     fit(
         tower, softmax.batches, softmax.loss, lambda model: {"epochs": 0.0}, "epochs", given, tmp_path, "user",
         keep_best=False,
@@ -281,3 +285,41 @@ def test_links_are_trusted_as_far_as_later_days_bear_them_out(borne_out, trust):
         requests = replace(requests, answers=list(first))
         tower.config = replace(tower.config, link_trust=1.0)
     assert link_trust(tower, shop, links, requests, profiles, 30, 1) == trust
+
+
+def test_a_tower_that_learns_on_learns_what_was_taken_until_then_and_nothing_of_later(tmp_path):
+    """Everybody takes items 0 to 9 on day 2, and 10 to 19 on day 3."""
+    shoppers = 30
+    day = np.repeat([0.0, 2.0, 3.0], shoppers)
+    product = np.concatenate([part + np.arange(shoppers) % 10 for part in (20, 0, 10)])
+    user = np.tile(np.arange(shoppers), 3)
+    shop = shop_of(user, product, day, 40)
+    before_that = shop_of(user[: 2 * shoppers], product[: 2 * shoppers], day[: 2 * shoppers], 40)
+    profiles = np.zeros((shoppers, 0), dtype=np.float32)
+    given = UserOptions(_env_file=None, batch_size=2, learning_rate=0.1, collaborative=0)
+
+    def chance(tower: UserTower) -> np.ndarray:
+        """Of items 0 to 9, and of 10 to 19, for shoppers as of day 2."""
+        requests = Requests(
+            np.arange(shoppers), np.zeros(shoppers, dtype=np.int64), [np.array([0])] * shoppers, 2 * DAY
+        )
+        found = retrieve(tower, shop, shop.links(2 * DAY), requests, profiles, 30, 39)
+        shares = np.exp(found.scores) / np.exp(found.scores).sum(axis=1, keepdims=True)
+        return np.array([(shares * (found.rows // 10 == ten)).sum(axis=1).mean() for ten in (0, 1)])
+
+    def learned(shop: ShopData, end: float) -> np.ndarray:
+        torch.manual_seed(0)
+        tower = tower_without_collaborative(shop).eval()
+        tower.config = replace(tower.config, link_trust=0.25)
+        learn_on(tower, shop, given, profiles, end, tmp_path, "on")
+        assert tower.config.link_trust == 0.25
+        assert not tower.training
+        return chance(tower)
+
+    torch.manual_seed(0)
+    untaught = chance(tower_without_collaborative(shop).eval())
+    until_third = learned(shop, 3 * DAY)
+    assert until_third[0] > untaught[0] + 0.1
+    np.testing.assert_array_equal(learned(before_that, 3 * DAY), until_third)
+    assert np.abs(learned(shop, shop.now) - until_third).max() > 0.01
+    assert not list(tmp_path.glob("*.pt"))
