@@ -7,6 +7,8 @@ A script declares its options as a subclass of `Settings` and hands them to `run
 from __future__ import annotations
 
 import inspect
+import os
+import signal
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable
@@ -108,8 +110,8 @@ Options = TypeVar("Options", bound=Settings)
 def run_script(options_type: type[Options], main: Callable[[Options], None]) -> None:
     """Parse the command line into `options_type`, run `main`, and turn what a person can mend into one line.
 
-    Exit codes: 0 done, 2 a bad option or missing input (one line on stderr), 130 interrupted; others where a `UserError` of
-    another kind says so.
+    Exit codes: 0 done, 2 a bad option or missing input (one line on stderr), 130 interrupted, 141 nobody reads the output any
+    more; others where a `UserError` of another kind says so.
     """
     script = Path(sys.argv[0]).name
     options_type.__doc__ = inspect.cleandoc(options_type.__doc__ or "")  # shown by --help as it stands
@@ -131,8 +133,13 @@ def run_script(options_type: type[Options], main: Callable[[Options], None]) -> 
         _stop(script, f"{error}; see {script} --help")
     try:
         main(options)
+        sys.stdout.flush()
     except UserError as error:
         _stop(script, str(error), error.exit_code)
+    except BrokenPipeError:
+        # Whoever reads the output has enough (`| head`). What is left of it would be written, and complained of, at the very end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         sys.exit(130)
 

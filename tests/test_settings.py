@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -114,6 +117,28 @@ def test_ctrl_c_exits_130(run):
         raise KeyboardInterrupt
 
     assert run("rye", main=interrupted)[0] == 130
+
+
+def test_a_script_whose_output_nobody_reads_any_more_ends_quietly(tmp_path):
+    script = tmp_path / "bake.py"
+    script.write_text(
+        "from settings import Settings, run_script\n"
+        "def main(options):\n"
+        "    print('dough')\n"
+        "    for _ in range(100_000):\n"
+        "        print('a loaf of bread')\n"
+        "run_script(Settings, main)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "dough\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
 
 
 def test_a_bug_in_the_script_is_not_blamed_on_the_options(run):
