@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -163,10 +164,8 @@ def build_graph(
     """
     for anew in (None, OUTSTANDING):
         with tqdm(total=100, desc="building the HNSW index", unit="%", leave=False) as bar:
-            store.vectors.build_index(
-                table, options.hnsw_m, options.ef_construction,
-                lambda share, bar=bar: bar.update(round(100 * share) - bar.n), anew,
-            )  # fmt: skip
+            tell = partial(_tell, bar)
+            store.vectors.build_index(table, options.hnsw_m, options.ef_construction, tell, anew)
         ef_search, recall = search_width(store, table, rows, ids, queries, space, options)
         if recall >= options.recall:
             break
@@ -176,6 +175,10 @@ def build_graph(
             "asked); raise --hnsw-m or --ef-construction"
         )
     return ef_search, recall
+
+
+def _tell(bar: tqdm, share: float) -> None:
+    bar.update(round(100 * share) - bar.n)
 
 
 def check_not_worse(

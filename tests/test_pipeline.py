@@ -136,11 +136,11 @@ def test_an_index_that_finds_too_little_has_the_graph_of_the_outstanding_built_a
         assert len(lengths) == (part == one).sum() > 2
         assert (lengths == sorted(lengths, reverse=True)) == in_order
 
-    def build(*found: float, **bounds: float) -> tuple[tuple[int, float], list[int]]:
+    def build(*found: float) -> tuple[tuple[int, float], list[int]]:
         """The indexes of the parts are objects of the database with the numbers given."""
         answers = iter(found)
         monkeypatch.setattr(build_index, "index_recall", lambda *given: next(answers))
-        options = build_index.IndexOptions(**shop.model_dump(), **bounds)
+        options = build_index.IndexOptions(**shop.model_dump())
         result = build_index.build_graph(store, table, rows, items.product_ids, rows[:1], space, options)
         assert not list(answers)
         with store.pool.connection() as connection:
