@@ -27,7 +27,7 @@ from settings import UserError
 from shop_data import Requests, ShopData
 from store import Store
 from text_encoder import TextEncoder
-from train_user import RETRIEVED, retrieve
+from train_user import RETRIEVED, hits, retrieve
 
 MOST_REQUESTS = 2000  # drawn from all: each is a search of the whole catalogue by both
 
@@ -74,8 +74,10 @@ def judge(release: Release, shop: ShopData, requests: Requests) -> Ratio:
     tower = release.aligned_user_tower(shop.items.product_ids, USER_TOWER_HOLDOUT)
     profiles = release.profile_scaler().transform(shop.profiles)
     found = retrieve(tower, shop, shop.links(requests.as_of), requests, profiles, tower.config.history, RETRIEVED)
-    hits = [np.isin(answer, rows).sum() for answer, rows in zip(requests.answers, found.rows, strict=True)]
-    return Ratio(np.array(hits, dtype=float), np.array([len(answer) for answer in requests.answers], dtype=float))
+    return Ratio(
+        hits(found.rows, requests.answers, RETRIEVED).astype(float),
+        np.array([len(answer) for answer in requests.answers], dtype=float),
+    )
 
 
 def both_know(requests: Requests, shop: ShopData, other: ShopData) -> tuple[Requests, Requests]:

@@ -277,7 +277,6 @@ def replay(
     part = release.manifest["user_tower"]
     start, end = part["validation_start"], shop.now
     tower = release.aligned_user_tower(shop.items.product_ids, USER_TOWER_HOLDOUT)
-    learning = UserOptions(**part["options"], _env_file=None)
     profiles = release.profile_scaler().transform(shop.profiles)
     per_moment = -(-SLICES // options.moments)  # rounded up
     edges = np.linspace(start, end, options.moments * per_moment + 1)
@@ -286,7 +285,8 @@ def replay(
     for number in range(len(edges) - 1):
         moment = float(edges[number - number % per_moment])
         if number == (options.moments - 1) * per_moment > 0:
-            learn_on(tower, shop, learning, profiles, moment, release.folder, f"{STAGE}_replay")
+            learned = UserOptions(**part["options"], _env_file=None)
+            learn_on(tower, shop, learned, profiles, moment, release.folder, f"{STAGE}_replay")
         of_part = [one for one in shown if edges[number] <= one.at < edges[number + 1]]
         seen_requests, seen, places = shown_requests(shop, of_part, moment, options.candidates)
         replayed: Requests = shop.requests(edges[number], edges[number + 1], moment)

@@ -82,14 +82,14 @@ class UserOptions(HoldOutOptions):
 
 
 class SampledSoftmax:
-    """Batches and loss of the user tower over events in [shop's start, end)."""
+    """Batches and loss of the user tower over events before `end`."""
 
     def __init__(
-        self, shop: ShopData, tower: UserTower, options: UserOptions, profiles: np.ndarray, start: float, end: float
+        self, shop: ShopData, tower: UserTower, options: UserOptions, profiles: np.ndarray, end: float
     ) -> None:
         """profiles: of each user, scaled, float32 [U, P]. Raises UserError when there is nothing to learn from."""
         self.shop, self.tower, self.options, self.profiles, self.end = shop, tower, options, profiles, end
-        self.targets = shop.targets(max(start, end - options.train_days * DAY), end)
+        self.targets = shop.targets(end - options.train_days * DAY, end)
         if len(self.targets) < 2:
             raise UserError(
                 f"only {len(self.targets)} events to learn from before {np.datetime64(int(end), 's')} UTC; "
@@ -217,6 +217,18 @@ class SampledSoftmax:
         self.hard_share_of = counts / counts.sum()
 
 
+def learn(
+    tower: UserTower, shop: ShopData, options: UserOptions, profiles: np.ndarray, end: float, folder: Path, name: str
+) -> None:
+    """Let a tower learn from all events before `end`, in place, for as many epochs as the options say: nothing is held out to judge
+    them. Arguments as of SampledSoftmax and `fit`."""
+    softmax = SampledSoftmax(shop, tower, options, profiles, end)
+    fit(
+        tower, softmax.batches, softmax.loss, lambda model: {"epochs": 0.0}, "epochs", options, folder, name, keep_best=False,
+        parameters=parameter_groups, state=softmax,
+    )  # fmt: skip
+
+
 def learn_on(
     tower: UserTower, shop: ShopData, options: UserOptions, profiles: np.ndarray, end: float, folder: Path, name: str
 ) -> None:
@@ -224,13 +236,9 @@ def learn_on(
     would be, trained then. Of the newer ones alone it would learn less than it forgets."""
     config = tower.config
     tower.config = replace(config, link_trust=1.0)  # as it learned before: or links would make up for what they lack
-    softmax = SampledSoftmax(shop, tower, options, profiles, shop.histories.at.min(), end)
     rate = GOING_ON * options.learning_rate
     once = options.model_copy(update={"epochs": 1, "learning_rate": rate, "fresh": True})
-    fit(
-        tower, softmax.batches, softmax.loss, lambda model: {"epochs": 0.0}, "epochs", once, folder, name, keep_best=False,
-        parameters=parameter_groups, state=softmax,
-    )  # fmt: skip
+    learn(tower, shop, once, profiles, end, folder, name)
     finish(folder, name)
     tower.config = config
 
@@ -366,10 +374,15 @@ def with_kept(found: np.ndarray, kept: np.ndarray, scores: np.ndarray) -> np.nda
     return chosen[np.argsort(-scores[chosen], kind="stable")]
 
 
+def hits(rows: np.ndarray, answers: list[np.ndarray], count: int) -> np.ndarray:
+    """How many of its answers stand among the first `count` rows of each request: int64 [B]."""
+    found = [np.isin(answer, row[:count]).sum() for row, answer in zip(rows, answers, strict=True)]
+    return np.array(found, dtype=np.int64)
+
+
 def recall(rows: np.ndarray, answers: list[np.ndarray], count: int) -> float:
     """The share of all answers found among the first `count` rows of their request."""
-    hits = sum(np.isin(answer, row[:count]).sum() for row, answer in zip(rows, answers, strict=True))
-    return float(hits) / max(1, sum(len(answer) for answer in answers))
+    return float(hits(rows, answers, count).sum()) / max(1, sum(len(answer) for answer in answers))
 
 
 def main(options: UserOptions) -> None:
@@ -418,7 +431,7 @@ def main(options: UserOptions) -> None:
 
     torch.manual_seed(options.seed)
     tower = new_tower()
-    softmax = SampledSoftmax(shop, tower, options, profiles, shop.histories.at.min(), split)
+    softmax = SampledSoftmax(shop, tower, options, profiles, split)
     report = fit(
         tower, softmax.batches, softmax.loss, validate, f"recall@{RETRIEVED}", options, release.folder, STAGE,
         parameters=parameter_groups, state=softmax,
@@ -433,12 +446,8 @@ def main(options: UserOptions) -> None:
     if options.refit:
         torch.manual_seed(options.seed)
         tower = new_tower()
-        softmax = SampledSoftmax(shop, tower, options, profiles, shop.histories.at.min(), shop.now)
         again = options.model_copy(update={"epochs": max(1, report.best_epoch)})
-        fit(
-            tower, softmax.batches, softmax.loss, lambda model: {"epochs": 0.0}, "epochs", again, release.folder,
-            f"{STAGE}_refit", keep_best=False, parameters=parameter_groups, state=softmax,
-        )  # fmt: skip
+        learn(tower, shop, again, profiles, shop.now, release.folder, f"{STAGE}_refit")
     if not PartialState().is_main_process:
         return  # one process writes the release
     release.save_weights(USER_TOWER, tower)

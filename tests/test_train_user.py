@@ -59,7 +59,7 @@ def shop() -> ShopData:
 
 
 def softmax_of(shop: ShopData, tower: UserTower, given: UserOptions, end: float) -> SampledSoftmax:
-    return SampledSoftmax(shop, tower, given, shop.profile_scaler(end).transform(shop.profiles), 0.0, end)
+    return SampledSoftmax(shop, tower, given, shop.profile_scaler(end).transform(shop.profiles), end)
 
 
 def train(shop: ShopData, folder: Path, killed_at: int = 0) -> tuple[dict[str, torch.Tensor], int]:
