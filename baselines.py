@@ -46,6 +46,16 @@ PEERS = ROOT / "benchmarks" / "peers"
 
 
 @dataclass(frozen=True)
+class Case:
+    """One shopper of the test: who, what they said, when, and what they then took."""
+
+    user_id: str
+    context: str
+    at: float
+    targets: list[str]
+
+
+@dataclass(frozen=True)
 class Split:
     """The training side: catalogue, events before the cut."""
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -31,8 +32,9 @@ import datasets.rent_the_runway
 import datasets.s3rec
 import datasets.sample_shop
 import portrait
-from baselines import BASELINES, PEER_SCRIPTS, Split, content_vectors, peer_lists
+from baselines import BASELINES, PEER_SCRIPTS, Case, Split, content_vectors, peer_lists
 from catalog import Rejected
+from ceiling import Answers, Oracle
 from loaded_release import LoadedRelease, UnavailableError
 from metrics import RETRIEVED, Catalogue, Figure, compare, coverage, figures, measure, write_ratios
 from recommender import Recommender, Request
@@ -43,12 +45,23 @@ from store import Store
 from tensors import Histories
 from text_encoder import TextEncoder
 
-HM_CUT = datetime(2020, 9, 21, tzinfo=UTC)
-RTR_CUT = datetime(2017, 7, 1, tzinfo=UTC)
-S3REC_CUT = datasets.s3rec.LAST_DAY
-SAMPLE_CUT = datetime(2026, 6, 23, tzinfo=UTC)
+CUTS = {
+    "hm-week": datetime(2020, 9, 21, tzinfo=UTC),
+    "rtr-warm": datetime(2017, 7, 1, tzinfo=UTC),
+    "rtr-cold": datetime(2017, 7, 1, tzinfo=UTC),
+    "s3rec-beauty": datasets.s3rec.LAST_DAY,
+    "sample-week": datetime(2026, 6, 23, tzinfo=UTC),
+}
+SOURCES = {  # modules, each with a `read`
+    "hm-week": datasets.hm,
+    "rtr-warm": datasets.rent_the_runway,
+    "rtr-cold": datasets.rent_the_runway,
+    "s3rec-beauty": datasets.s3rec,
+    "sample-week": datasets.sample_shop,
+}
 SESSION = timedelta(hours=1)  # of the sample shop: what a shopper does within it belongs together
 
+ORACLE = "oracle, taught by the test days"
 Lists = dict[tuple[str, str], list[list[str]]]  # of a model and stage: ranked product ids of each shopper
 
 
@@ -63,6 +76,9 @@ class EvaluateOptions(Settings):
         None, description="python of the environment of benchmarks/peers/requirements.txt: measure these libraries too"
     )
     peer: list[str] = Field([], description=f"of these alone; of {', '.join(PEER_SCRIPTS)}")
+    ceiling: bool = Field(
+        False, description="measure too what an oracle finds that other shoppers of the test days teach (ceiling.py)"
+    )
     limit: int = Field(0, ge=0, description="judge only so many shoppers (0: all); nothing is written then")
     shown: bool = Field(True, description="save example lists, learning curves and a map of the items for the page too")
     per_shopper: Path | None = Field(
@@ -70,35 +86,23 @@ class EvaluateOptions(Settings):
     )
 
 
-@dataclass(frozen=True)
-class Case:
-    """One shopper of the test: who, what they said, when, and what they then took."""
-
-    user_id: str
-    context: str
-    at: float
-    targets: list[str]
-
-
 # ---------------------------------------------------------------------------------------------------------------- splits
-def hm_cases(path: Path, known: set[str], seen: dict[str, set[str]]) -> list[Case]:
+def hm_cases(taken: pl.DataFrame, known: set[str], seen: dict[str, set[str]]) -> list[Case]:
     """hm-week: what shoppers with a training purchase bought on the test days and had not bought before."""
-    events = _events(datasets.hm.read(path)).filter(pl.col("at") >= HM_CUT)
     cases = []
-    for (user_id,), rows in events.group_by("user_id", maintain_order=True):
+    for (user_id,), rows in taken.group_by("user_id", maintain_order=True):
         targets = sorted(set(rows["product_id"]) - seen.get(str(user_id), set()))
         if user_id in known and targets:
-            cases.append(Case(str(user_id), "", HM_CUT.timestamp(), targets))
+            cases.append(Case(str(user_id), "", CUTS["hm-week"].timestamp(), targets))
     return sorted(cases, key=lambda case: case.user_id)
 
 
-def rtr_cases(path: Path, known: set[str], seen: dict[str, set[str]], warm: bool) -> list[Case]:
+def rtr_cases(taken: pl.DataFrame, known: set[str], seen: dict[str, set[str]], warm: bool) -> list[Case]:
     """rtr-warm / rtr-cold: the first rental after the cut of an item the shopper had not rented before.
 
     Rentals of one day have no order; the lowest item id is the target, as in every published line on this split.
     """
-    events = _events(datasets.rent_the_runway.read(path)).filter(pl.col("at") >= RTR_CUT)
-    events = events.with_columns(number=pl.col("product_id").cast(pl.Int64)).sort("at", "user_id", "number")
+    events = taken.with_columns(number=pl.col("product_id").cast(pl.Int64)).sort("at", "user_id", "number")
     cases: dict[str, Case] = {}
     for user_id, product_id, at, context in events.select("user_id", "product_id", "at", "context").iter_rows():
         if (user_id in known) == warm and user_id not in cases and product_id not in seen.get(user_id, set()):
@@ -106,23 +110,22 @@ def rtr_cases(path: Path, known: set[str], seen: dict[str, set[str]], warm: bool
     return sorted(cases.values(), key=lambda case: case.user_id)
 
 
-def s3rec_cases(path: Path, known: set[str], seen: dict[str, set[str]]) -> list[Case]:
+def s3rec_cases(taken: pl.DataFrame, known: set[str], seen: dict[str, set[str]]) -> list[Case]:
     """s3rec-beauty, leave one out: the last item of every shopper.
 
     Published on it, with the item before the last kept out for validation (arXiv:2508.06450 and its repository): recall@10 and
     NDCG@10 of .0928 and .0523 for eSASRec, .0921 and .0531 for SASRec with the same loss.
     """
-    events = _events(datasets.s3rec.read(path)).filter(pl.col("at") >= S3REC_CUT).sort("user_id")
     return [
-        Case(user_id, "", S3REC_CUT.timestamp(), [product_id])
-        for user_id, product_id in events.select("user_id", "product_id").iter_rows()
+        Case(user_id, "", CUTS["s3rec-beauty"].timestamp(), [product_id])
+        for user_id, product_id in taken.sort("user_id").select("user_id", "product_id").iter_rows()
         if user_id in known and product_id not in seen.get(user_id, set())
     ]
 
 
-def sample_cases(known: set[str], seen: dict[str, set[str]]) -> list[Case]:
+def sample_cases(taken: pl.DataFrame, known: set[str], seen: dict[str, set[str]]) -> list[Case]:
     """sample-week: what shoppers with a history met in their first session after the cut, and had not met before."""
-    events = _events(datasets.sample_shop.read(None)).filter(pl.col("at") >= SAMPLE_CUT).sort("at", "user_id")
+    events = taken.sort("at", "user_id")
     first: dict[str, tuple[str, datetime]] = {}
     met: dict[str, dict[str, None]] = {}
     for user_id, product_id, at, context in events.select("user_id", "product_id", "at", "context").iter_rows():
@@ -134,8 +137,19 @@ def sample_cases(known: set[str], seen: dict[str, set[str]]) -> list[Case]:
     ]
 
 
-def _events(source: datasets.Source) -> pl.DataFrame:
-    return pl.concat([frame for frame in source.events if not isinstance(frame, Rejected)])
+CASES: dict[str, Callable[[pl.DataFrame, set[str], dict[str, set[str]]], list[Case]]] = {
+    "hm-week": hm_cases,
+    "rtr-warm": partial(rtr_cases, warm=True),
+    "rtr-cold": partial(rtr_cases, warm=False),
+    "s3rec-beauty": s3rec_cases,
+    "sample-week": sample_cases,
+}
+
+
+def after_cut(split: str, folder: Path | None) -> pl.DataFrame:
+    """What everybody took in the test days, read from the files."""
+    events = [frame for frame in SOURCES[split].read(folder).events if not isinstance(frame, Rejected)]
+    return pl.concat(events).filter(pl.col("at") >= CUTS[split])
 
 
 # ------------------------------------------------------------------------------------------------------------------ main
@@ -152,8 +166,7 @@ def main(options: EvaluateOptions) -> None:
     if options.peer and options.peers is None:
         raise UserError("--peer needs the python of the peers' environment; give --peers too")
     torch.set_num_threads(1)  # one small forward a request: more threads only wait for each other
-    cuts = {"hm-week": HM_CUT, "s3rec-beauty": S3REC_CUT, "sample-week": SAMPLE_CUT}
-    cut = cuts.get(options.what, RTR_CUT)
+    cut = CUTS[options.what]
     text_encoder = TextEncoder.load(options)
     with Store.open(options) as store:
         split = replace(_training_side(store, cut), text_encoder=text_encoder)
@@ -162,14 +175,8 @@ def main(options: EvaluateOptions) -> None:
             user_id: {split.product_ids[item] for item in split.items_of(user_id)}
             for user_id in split.histories.user_ids
         }
-        if options.folder is None:
-            cases = sample_cases(known, seen)
-        elif options.what == "hm-week":
-            cases = hm_cases(options.folder, known, seen)
-        elif options.what == "s3rec-beauty":
-            cases = s3rec_cases(options.folder, known, seen)
-        else:
-            cases = rtr_cases(options.folder, known, seen, warm=options.what == "rtr-warm")
+        taken = after_cut(options.what, options.folder)
+        cases = CASES[options.what](taken, known, seen)
         if not cases:
             raise UserError(
                 f"no shopper of {options.folder} can be judged on {options.what}; is this the data set's folder?"
@@ -178,6 +185,8 @@ def main(options: EvaluateOptions) -> None:
             cases = cases[: options.limit]
         recommender = Recommender(store, options, text_encoder)
         lists = _our_lists(options, recommender, cases)
+        if options.ceiling:
+            lists[ORACLE, "retrieval"] = _oracle_lists(options, recommender, split, cases, taken)
     history = np.array([len(seen.get(case.user_id, ())) for case in cases])
     targets = [case.targets for case in cases]
     if options.per_shopper:
@@ -248,6 +257,25 @@ def _our_lists(options: EvaluateOptions, recommender: Recommender, cases: list[C
         reranked.append([item.product_id for item in answer.items])
         retrieved.append([item.product_id for item in sorted(answer.items, key=lambda item: item.retrieval_rank)])
     return {(options.model, "retrieval"): retrieved, (options.model, "reranked"): reranked}
+
+
+def _oracle_lists(
+    options: EvaluateOptions, recommender: Recommender, split: Split, cases: list[Case], taken: pl.DataFrame
+) -> list[list[str]]:
+    """Who is not judged teaches too, if they said anything when they came; if not, their counts tell all that they could."""
+    judged = {case.user_id for case in cases}
+    firsts = taken.sort("at", maintain_order=True).group_by("user_id", maintain_order=True).first()
+    others = [
+        Case(user_id, context, at.timestamp(), [product_id])
+        for user_id, product_id, at, context in firsts.select("user_id", "product_id", "at", "context").iter_rows()
+        if context and user_id not in judged
+    ]
+    every = [*cases, *others]
+    requests = [Request(case.user_id, context=case.context, now=case.at) for case in every]
+    queries = np.concatenate([recommender.query(request) for request in requests])
+    rows = recommender.store.vectors.fetch(recommender.live().name, split.product_ids)
+    ranked = _our_lists(options, recommender, every)[options.model, "reranked"]
+    return Oracle(split, every, len(cases), Answers(queries, rows.vectors, ranked), taken).recommend()
 
 
 def _baseline_lists(

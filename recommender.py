@@ -278,6 +278,14 @@ class Recommender:
             anchor=plan.anchor,
         )  # fmt: skip
 
+    def query(self, request: Request) -> np.ndarray:
+        """What the live release's user tower makes of a request, in the coordinates of item rows: float32 [1, D]."""
+        loaded = self.live()
+        state, _ = self._state(loaded, request)
+        _, batch = self._user_tensors(loaded, request, state, request.moment)
+        with torch.inference_mode():
+            return loaded.user_tower(batch).numpy()
+
     def _by_rules(
         self, loaded: LoadedRelease, query: np.ndarray, request: Request, named: NamedRules, source: list_kinds.Source,
         past: Past, found: Found, clock: _Clock,

@@ -222,7 +222,7 @@ def test_figures_that_nobody_has_are_refused(shop):
 
 def test_a_judged_release_leaves_lists_curves_and_a_map_for_the_page(shop, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "SAMPLE_CUT", NOW)
+    monkeypatch.setitem(evaluate.CUTS, "sample-week", NOW)
     with Store.open(shop) as store:
         log = store.events.read()
     random = np.random.default_rng(0)

@@ -14,6 +14,7 @@ import baselines
 from baselines import (
     BASELINES,
     EASE_REGULARISATION,
+    Case,
     Split,
     best_window,
     content,
@@ -25,7 +26,7 @@ from baselines import (
     sentences,
 )
 from catalog import Product
-from evaluate import Case, _baseline_lists
+from evaluate import _baseline_lists
 from settings import UserError
 from store import EventLog
 from tensors import DAY, Histories

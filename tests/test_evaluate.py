@@ -8,25 +8,16 @@ from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import ClassVar
 
+import numpy as np
 import pytest
 
 import evaluate
 import import_data
+from baselines import Case
 from catalog import Event, Product
 from datasets import Source, hm, s3rec, sample_shop
 from datasets.events import event_frame
-from evaluate import (
-    HM_CUT,
-    RTR_CUT,
-    S3REC_CUT,
-    SAMPLE_CUT,
-    Case,
-    EvaluateOptions,
-    hm_cases,
-    rtr_cases,
-    s3rec_cases,
-    sample_cases,
-)
+from evaluate import CASES, CUTS, EvaluateOptions, after_cut
 from metrics import read_ratios
 from recommender import Recommender
 from tests.test_import_sources import article, bought, rental, s3rec_folder, write_csv, write_lines
@@ -35,17 +26,22 @@ from tests.test_import_sources import events as events_of
 # --- cases
 
 
+def cases_of(split, folder, seen: dict[str, set[str]]) -> list[Case]:
+    """Of a folder's test days, when these shoppers had met these products before."""
+    return CASES[split](after_cut(split, folder), set(seen), seen)
+
+
 def test_sample_week_asks_for_what_is_new_in_the_first_session_after_the_cut(monkeypatch):
     def event(user: str, product: str, hours: float, context: str = "") -> Event:
-        return Event(user_id=user, product_id=product, at=SAMPLE_CUT + timedelta(hours=hours), context=context)
+        return Event(user_id=user, product_id=product, at=CUTS["sample-week"] + timedelta(hours=hours), context=context)
 
     log = [
         event("u", "old", -1), event("u", "b", 2, "gym"), event("u", "a", 2.5, "gym"), event("u", "old", 2.6, "gym"),
         event("u", "late", 3), event("v", "old", 1), event("stranger", "a", 1),
     ]  # fmt: skip
     monkeypatch.setattr(sample_shop, "read", lambda path: Source(events=[event_frame(log)]))
-    at = (SAMPLE_CUT + timedelta(hours=2)).timestamp()
-    assert sample_cases({"u", "v"}, {"u": {"old"}, "v": {"old"}}) == [Case("u", "gym", at, ["a", "b"])]
+    at = (CUTS["sample-week"] + timedelta(hours=2)).timestamp()
+    assert cases_of("sample-week", None, {"u": {"old"}, "v": {"old"}}) == [Case("u", "gym", at, ["a", "b"])]
 
 
 # --- who is judged, and on what
@@ -69,8 +65,8 @@ def hm_folder(tmp_path):
 
 
 def test_hm_targets_are_new_items_of_shoppers_with_a_past(hm_folder):
-    cases = hm_cases(hm_folder, {"c1", "c2", "c4"}, {"c1": {A}, "c2": {B}, "c4": {D}})
-    cut = HM_CUT.timestamp()
+    cases = cases_of("hm-week", hm_folder, {"c1": {A}, "c2": {B}, "c4": {D}})
+    cut = CUTS["hm-week"].timestamp()
     assert cases == [Case("c1", "", cut, [C]), Case("c2", "", cut, [D])]
 
 
@@ -100,22 +96,22 @@ def at(month: int, day: int) -> float:
 
 
 def test_rtr_warm_is_the_next_new_rental_and_of_one_day_the_lowest_number(rtr_folder):
-    cases = rtr_cases(rtr_folder, {"7"}, {"7": {"100"}}, warm=True)
+    cases = cases_of("rtr-warm", rtr_folder, {"7": {"100"}})
     assert cases == [Case("7", "wedding", at(7, 2), ["99"])]
 
 
 def test_rtr_cold_is_the_first_rental_of_those_without_a_past(rtr_folder):
-    cases = rtr_cases(rtr_folder, {"7"}, {"7": {"100"}}, warm=False)
+    cases = cases_of("rtr-cold", rtr_folder, {"7": {"100"}})
     assert cases == [Case("8", "party", at(7, 1), ["9"]), Case("9", "party", at(8, 1), ["2"])]
-    assert RTR_CUT.timestamp() == at(7, 1)
+    assert CUTS["rtr-cold"].timestamp() == at(7, 1)
 
 
 def test_s3rec_asks_for_the_last_item_of_everyone_with_a_past(tmp_path):
     s3rec_folder(tmp_path, ["b 1 2 3", "a 3 1", "lone 2", "again 1 2 1"], {"1": [7], "2": [7], "3": [7]})
     seen = {"a": {"3"}, "b": {"1", "2"}, "again": {"1", "2"}}
-    cut = S3REC_CUT.timestamp()
-    assert s3rec_cases(tmp_path, set(seen), seen) == [Case("a", "", cut, ["1"]), Case("b", "", cut, ["3"])]
-    before = [event for event in events_of(s3rec.read(tmp_path)) if event[3] < S3REC_CUT]
+    cut = CUTS["s3rec-beauty"].timestamp()
+    assert cases_of("s3rec-beauty", tmp_path, seen) == [Case("a", "", cut, ["1"]), Case("b", "", cut, ["3"])]
+    before = [event for event in events_of(s3rec.read(tmp_path)) if event[3] < CUTS["s3rec-beauty"]]
     assert {user: {item for other, item, *_ in before if other == user} for user in seen} == seen
 
 
@@ -130,6 +126,14 @@ class ScriptedRecommender:
 
     def __init__(self, *parts):
         self.asked.clear()
+        rows = SimpleNamespace(vectors=np.ones((4, 2), dtype=np.float32))
+        self.store = SimpleNamespace(vectors=SimpleNamespace(fetch=lambda release, ids: rows))
+
+    def live(self):
+        return SimpleNamespace(name="scripted")
+
+    def query(self, request):
+        return np.full((1, 2), len(request.context), dtype=np.float32)
 
     def recommend(self, request):
         self.asked.append(request)
@@ -142,7 +146,7 @@ class ScriptedRecommender:
 def judge(store, settings, hm_folder, monkeypatch, capsys, exit_code):
     """Runs the script in `hm_folder` against a database of the training events; gives exit code and stderr."""
     monkeypatch.chdir(hm_folder)
-    import_data.import_source(store, "hm", hm.read(hm_folder), HM_CUT.date())
+    import_data.import_source(store, "hm", hm.read(hm_folder), CUTS["hm-week"].date())
     features = [Product(product_id=number, title="Parka", std={"colour": ["some colour"]}) for number in (A, B, C, D)]
     store.products.put_features(features, "test")
     monkeypatch.setattr(evaluate, "Recommender", ScriptedRecommender)
@@ -159,7 +163,7 @@ def judge(store, settings, hm_folder, monkeypatch, capsys, exit_code):
 def test_the_script_judges_both_stages_and_the_plain_lines(judge, hm_folder):
     assert judge("hm-week", ".")[0] == 0
     asked = [(request.user_id, request.now, request.k) for request in ScriptedRecommender.asked]
-    assert asked == [("c1", HM_CUT.timestamp(), 100), ("c2", HM_CUT.timestamp(), 100)]
+    assert asked == [("c1", CUTS["hm-week"].timestamp(), 100), ("c2", CUTS["hm-week"].timestamp(), 100)]
     rows = json.loads((hm_folder / "docs/results.json").read_text())
     found = {(row["model"], row["stage"], row["metric"], row["slice"]): (row["value"], row["n"]) for row in rows}
     # c1 took C, which nobody had before: second in both lists. c2 took D: third, then first.
@@ -231,6 +235,42 @@ def test_a_peer_that_does_not_exist_or_has_no_environment_is_said(judge, hm_fold
     assert not (hm_folder / "docs").exists()
 
 
+def test_the_oracle_stands_beside_and_is_taught_by_who_said_something_when_they_came(judge, hm_folder, monkeypatch):
+    def events(path):
+        log = [
+            Event(user_id=user, product_id=product, at=CUTS["hm-week"] + timedelta(hours=hours), context=context)
+            for user, product, hours, context in [
+                ("c1", C, 1, ""), ("c2", D, 1, ""), ("c3", A, 2, "gym"), ("c3", B, 3, "ball"), ("c5", B, 1, ""),
+            ]
+        ]  # fmt: skip
+        return Source(events=[event_frame(log)])
+
+    given = []
+
+    class ScriptedOracle:
+        def __init__(self, *parts):
+            given.append(parts)
+
+        def recommend(self):
+            return [[C], [D]]
+
+    monkeypatch.setattr(hm, "read", events)
+    monkeypatch.setattr(evaluate, "Oracle", ScriptedOracle)
+    assert judge("hm-week", ".", "--ceiling", "--no-baselines")[0] == 0
+    ((split, cases, judged, answers, taken),) = given
+    assert [(case.user_id, case.context, case.at - split.cut) for case in cases] == [
+        ("c1", "", 0), ("c2", "", 0), ("c3", "gym", 7200),
+    ]  # fmt: skip
+    assert judged == 2
+    assert answers.queries.tolist() == [[0, 0], [0, 0], [3, 3]]
+    assert answers.lists == [[D, C, B]] * 3
+    assert len(taken) == 5
+    rows = json.loads((hm_folder / "docs/results.json").read_text())
+    found = {(row["model"], row["metric"], row["slice"]): row["value"] for row in rows}
+    assert found[evaluate.ORACLE, "ndcg@12", "all"] == 1.0
+    assert (f"styletower against {evaluate.ORACLE}", "ndcg@12 difference", "all") in found
+
+
 def test_a_limited_run_writes_nothing(judge, hm_folder):
     assert judge("hm-week", ".", "--limit", "1")[0] == 0
     assert len(ScriptedRecommender.asked) == 1
@@ -238,7 +278,7 @@ def test_a_limited_run_writes_nothing(judge, hm_folder):
 
 
 def test_a_database_that_holds_the_answers_is_refused(judge, store, hm_folder):
-    store.events.put([Event(user_id="c1", product_id=C, at=HM_CUT, kind="purchase")])
+    store.events.put([Event(user_id="c1", product_id=C, at=CUTS["hm-week"], kind="purchase")])
     code, said = judge("hm-week", ".")
     assert code == 2
     assert "evaluate.py: the database holds events from 2020-09-21 on" in said
