@@ -66,7 +66,7 @@ class UserOptions(HoldOutOptions):
     collaborative: int = Field(32, ge=0, le=512, description="collaborative coordinates of an item; 0 for none")
     layers: int = Field(1, ge=1, le=12, description="transformer layers over the history")
     train_days: float = Field(540.0, gt=0, description="days of events before the newest that are learned from")
-    validation_requests: int = Field(2000, ge=1, description="held-out requests scored after each epoch, at most")
+    validation_requests: int = Field(10_000, ge=1, description="held-out requests scored after each epoch, at most")
     popularity_days: list[float] = Field([1.0, 7.0, 30.0, 90.0, 365.0], description="trailing windows of popularity")
     season_days: float = Field(
         90.0, ge=0, le=365, description="how wanted an item was a year ago in so many days to come; 0 leaves it out"
