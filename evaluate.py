@@ -39,7 +39,7 @@ from loaded_release import LoadedRelease, UnavailableError
 from metrics import RETRIEVED, Catalogue, Figure, compare, coverage, figures, measure, write_ratios
 from recommender import Recommender, Request
 from release import Release
-from results import RESULTS, Row, commit, save, short_of, write_page
+from results import ORACLE, RESULTS, Row, commit, save, short_of, write_page
 from settings import Settings, UserError, run_script
 from store import Store
 from tensors import Histories
@@ -61,7 +61,6 @@ SOURCES = {  # modules, each with a `read`
 }
 SESSION = timedelta(hours=1)  # of the sample shop: what a shopper does within it belongs together
 
-ORACLE = "oracle, taught by the test days"
 Lists = dict[tuple[str, str], list[list[str]]]  # of a model and stage: ranked product ids of each shopper
 
 
@@ -185,7 +184,7 @@ def main(options: EvaluateOptions) -> None:
             cases = cases[: options.limit]
         recommender = Recommender(store, options, text_encoder)
         lists = _our_lists(options, recommender, cases)
-        if options.ceiling:
+        if options.ceiling and not options.per_shopper:
             lists[ORACLE, "retrieval"] = _oracle_lists(options, recommender, split, cases, taken)
     history = np.array([len(seen.get(case.user_id, ())) for case in cases])
     targets = [case.targets for case in cases]
@@ -343,6 +342,8 @@ def _rows(
     command = f"python evaluate.py {options.what}" + (" FOLDER" if options.folder else "")
     if options.model != "styletower":
         command += f" --model '{options.model}'"
+    if options.ceiling:
+        command += " --ceiling"
     now = commit()
 
     def row(model: str, stage: str, figure: Figure) -> Row:

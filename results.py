@@ -23,6 +23,7 @@ from portrait import read_curves, read_maps, write_examples_page
 RESULTS = Path("docs/results.json")
 STEPS = Path("docs/steps.json")  # written by run_split.py
 ABLATION, FULL, NO_TRANSFER = "ablation: ", "full model", "no transfer"
+ORACLE = "oracle, taught by the test days"  # see ceiling.py
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,12 @@ def _lists_section(rows: list[dict[str, Any]], short: int) -> list[str]:
     ]
     targets = {row["slice"]: row["n"] for row in rows if row["metric"] == recall}
     counts = [f"{targets[part]} ({part})" for part in ("all", "warm", "cold") if part in targets]
-    return [*_table(rows, columns, bounds=True), "", "Targets: " + ", ".join(counts) + "."]
+    lines = [*_table(rows, columns, bounds=True), "", "Targets: " + ", ".join(counts) + "."]
+    if any(row["model"] == ORACLE for row in rows):
+        lines += [
+            "The oracle is told what no system can know at the cut (`ceiling.py`): it shows how far lists could go."
+        ]
+    return lines
 
 
 def _beyond_section(rows: list[dict[str, Any]], short: int) -> list[str]:

@@ -20,6 +20,7 @@ from datasets.events import event_frame
 from evaluate import CASES, CUTS, EvaluateOptions, after_cut
 from metrics import read_ratios
 from recommender import Recommender
+from results import ORACLE
 from tests.test_import_sources import article, bought, rental, s3rec_folder, write_csv, write_lines
 from tests.test_import_sources import events as events_of
 
@@ -267,8 +268,9 @@ def test_the_oracle_stands_beside_and_is_taught_by_who_said_something_when_they_
     assert len(taken) == 5
     rows = json.loads((hm_folder / "docs/results.json").read_text())
     found = {(row["model"], row["metric"], row["slice"]): row["value"] for row in rows}
-    assert found[evaluate.ORACLE, "ndcg@12", "all"] == 1.0
-    assert (f"styletower against {evaluate.ORACLE}", "ndcg@12 difference", "all") in found
+    assert found[ORACLE, "ndcg@12", "all"] == 1.0
+    assert (f"styletower against {ORACLE}", "ndcg@12 difference", "all") in found
+    assert "The oracle is told what no system can know" in (hm_folder / "docs/results.md").read_text()
 
 
 def test_a_limited_run_writes_nothing(judge, hm_folder):
