@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -280,6 +281,7 @@ def replay(
     profiles = release.profile_scaler().transform(shop.profiles)
     per_moment = -(-SLICES // options.moments)  # rounded up
     edges = np.linspace(start, end, options.moments * per_moment + 1)
+    links_of = lru_cache(1)(shop.links)  # stretches that follow each other may share a moment
     found: list[Lists] = []
     keys: dict[float, np.ndarray] = {}
     for number in range(len(edges) - 1):
@@ -293,7 +295,7 @@ def replay(
         replayed = replayed.take(np.flatnonzero(~np.isin(replayed.users, seen_requests.users)))
         if not len(replayed) and not len(seen_requests):
             continue
-        links = shop.links(moment)
+        links = links_of(moment)
         for requests, kept in ((replayed, None), (seen_requests, seen)):
             if not len(requests):
                 continue
