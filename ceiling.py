@@ -30,6 +30,7 @@ from tqdm import tqdm
 from baselines import Case, Split
 from item_links import ItemLinks, group_numbers
 from metrics import RETRIEVED
+from settings import UserError
 from tensors import DAY, log_strength
 
 FOLDS = 5
@@ -96,8 +97,10 @@ class Oracle:
         days, of whomever, with `user_id`, `product_id` and `at`."""
         self.split, self.judged, self.answers = split, judged, answers
         row_of = {product_id: row for row, product_id in enumerate(split.product_ids)}
-        self.targets = [np.array([row_of[product_id] for product_id in case.targets]) for case in cases]
-        self.lists = [np.array([row_of[product_id] for product_id in found], dtype=np.int64) for found in answers.lists]
+        self.targets, self.lists = (
+            [np.array([row_of[id_] for id_ in ids if id_ in row_of], dtype=np.int64) for ids in given]
+            for given in ([case.targets for case in cases], answers.lists)
+        )
         self.met = [split.items_of(case.user_id) for case in cases]
         self.day = np.array([case.at // DAY for case in cases])
         self.fold = np.random.default_rng(SEED).permutation(len(cases)) % FOLDS
@@ -130,7 +133,9 @@ class Oracle:
         self.unmet = (np.bincount(split.histories.item, minlength=len(split.product_ids)) == 0).astype(np.float32)
 
     def recommend(self) -> list[list[str]]:
-        """The best RETRIEVED products for each shopper who is judged, without what they met before, best first."""
+        """The best RETRIEVED products for each shopper who is judged, without what they met before, best first.
+
+        Raises UserError when there is nobody to teach it."""
         lists: list[list[str]] = [[] for _ in range(self.judged)]
         for fold in range(FOLDS):
             judged = np.flatnonzero(self.fold[: self.judged] == fold)
@@ -143,7 +148,11 @@ class Oracle:
         torch.manual_seed(SEED)
         random = np.random.default_rng([SEED, fold])
         model = Correction(*self.answers.rows.shape)
-        teaching = np.flatnonzero(self.fold != fold)
+        teaching = np.array([case for case in np.flatnonzero(self.fold != fold) if len(self.taken[case])])
+        if not len(teaching):
+            raise UserError(
+                "too few shoppers took anything new in the test days to teach an oracle; leave out --ceiling"
+            )
         steps = EPOCHS * len(self._batches(teaching))
         optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, total_steps=steps)

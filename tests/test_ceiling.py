@@ -13,6 +13,7 @@ import ceiling
 from baselines import Case, Split
 from catalog import Product
 from ceiling import FOLDS, NEAR_DAYS, Answers, Oracle
+from settings import UserError
 from tensors import DAY
 from tests.test_baselines import CUT, split_of
 
@@ -93,6 +94,16 @@ def test_nobody_is_told_what_their_own_fold_took():
         linked = found._together(fold, np.array([case]))[0] > 0
         assert not linked[[number for number in range(11) if number not in of_others and number != 4]].any()
         assert linked[of_others].all()
+
+
+def test_who_took_nothing_new_teaches_nothing():
+    met = {f"u{number}": ITEMS[number % 2] for number in range(40)}
+    taken = [(f"u{number}", ITEMS[2 if number < 30 else number % 2], 1.0) for number in range(40)]
+    found, _ = oracle(shop(met), taken)
+    assert all(ranked[0] == ITEMS[2] for ranked in found.recommend())
+    found, _ = oracle(shop({"u0": ITEMS[0]}), [("u0", ITEMS[1], 1.0)])
+    with pytest.raises(UserError, match="too few shoppers took anything new"):
+        found.recommend()
 
 
 def test_what_was_taken_near_the_request_is_told_by_itself():
