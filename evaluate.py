@@ -185,8 +185,8 @@ def main(options: EvaluateOptions) -> None:
         recommender = Recommender(store, options, text_encoder)
         lists = _our_lists(options, recommender, cases)
         if options.ceiling and not options.per_shopper:
-            ours = lists[options.model, "reranked"]
-            lists[ORACLE, "retrieval"] = _oracle_lists(options, recommender, split, cases, ours, taken)
+            answered = lists[options.model, "reranked"]
+            lists[ORACLE, "retrieval"] = _oracle_lists(options, recommender, split, cases, answered, taken)
     history = np.array([len(seen.get(case.user_id, ())) for case in cases])
     targets = [case.targets for case in cases]
     if options.per_shopper:
@@ -260,8 +260,8 @@ def _our_lists(options: EvaluateOptions, recommender: Recommender, cases: list[C
 
 
 def _oracle_lists(
-    options: EvaluateOptions, recommender: Recommender, split: Split, cases: list[Case], ours: list[list[str]],
-    taken: pl.DataFrame,
+    options: EvaluateOptions, recommender: Recommender, split: Split, cases: list[Case],
+    answered: list[list[str]], taken: pl.DataFrame,
 ) -> list[list[str]]:  # fmt: skip
     """Who is not judged teaches too, if they said anything when they came; if not, their counts tell all that they could."""
     judged = {case.user_id for case in cases}
@@ -275,7 +275,7 @@ def _oracle_lists(
     requests = [Request(case.user_id, context=case.context, now=case.at) for case in every]
     queries = np.concatenate([recommender.query(request) for request in requests])
     rows = recommender.store.vectors.fetch(recommender.live().name, split.product_ids)
-    ranked = [*ours, *_our_lists(options, recommender, others)[options.model, "reranked"]]
+    ranked = [*answered, *_our_lists(options, recommender, others)[options.model, "reranked"]]
     return Oracle(split, every, len(cases), Answers(queries, rows.vectors, ranked), taken).recommend()
 
 
