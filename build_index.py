@@ -30,7 +30,7 @@ from search_space import SearchSpace
 from settings import Settings, UserError, run_script
 from shop_data import ShopData, validation_start
 from store import ItemRows, Store
-from store.vectors import OUTSTANDING, BuildCost
+from store.vectors import OUTSTANDING, USUAL, BuildCost
 from text_encoder import TextEncoder
 from train_user import item_keys, retrieve
 
@@ -93,11 +93,12 @@ def copy_rows(
 ) -> None:
     """Into a table that was begun; `linked` gives the links of a row, and how strong they are."""
     placed, part = space.place(rows.vectors)
-    # The long ones first: the graph grows around what many searches end at. Not so the outstanding: of them one is as good a start
-    # as another, and where those that are much alike come one after the other, they are linked to each other and to nothing else.
+    # The long ones first: the graph grows around what many searches end at. Not so outside the usual part: of the outstanding one
+    # is as good a start as another, and of those that nobody met many are the same. Where such come one after the other, they are
+    # linked to each other and to nothing else.
     length = np.linalg.norm(placed[:, :-1], axis=1)
     chance = np.random.default_rng(0).random(len(length))
-    order = np.argsort(np.where(part == OUTSTANDING, chance, -length), kind="stable")
+    order = np.argsort(np.where(part == USUAL, -length, chance), kind="stable")
     for start in tqdm(range(0, len(order), COPY_BATCH), desc="copying vectors", unit="batch", leave=False):
         batch = order[start : start + COPY_BATCH]
         links = [linked(row) for row in batch.tolist()]

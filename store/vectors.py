@@ -43,6 +43,7 @@ _UNFINISHED = "~new"  # after the name of a release whose table is being built
 _RELEASE = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}(~new)?")  # with prefix and index suffix within PostgreSQL's 63 bytes
 USUAL, OUTSTANDING, UNTOUCHED = range(3)  # the parts of an index, see search_space.py
 PARTS = 3
+CAREFUL_ROWS = 50_000  # that nobody met, of which a graph with three times the links still takes but a minute
 SAMPLED_ROWS = 5_000  # of which an index is built to foresee how long one of all will take: half a second
 DELETE_WAIT = "200ms"  # for a table on which an index is being built; see `delete`
 _COLUMNS = sql.SQL("product_id, vector, placed, part, std_ids, re_ids, linked, link_strength")
@@ -385,10 +386,11 @@ class Vectors:
     def _build_part(
         self, connection: Connection[Any], release: str, part: int, rows: int, m: int, ef_construction: int, anew: bool
     ) -> None:
-        if part == OUTSTANDING:
-            # They are few, and most searches end among them. Of a great catalogue's best sellers many are much alike, and with the
-            # links that are enough elsewhere a build may leave such a crowd where no search, however wide, gets to it. Which does,
-            # chance decides, for pgvector draws the levels of a graph at random: see build_index.build_graph.
+        if part == OUTSTANDING or (part == UNTOUCHED and rows <= CAREFUL_ROWS):
+            # The outstanding are few, and most searches end among them. Of a great catalogue's best sellers many are much alike,
+            # and of what nobody met many are the same on paper: with the links that are enough elsewhere a build may leave such a
+            # crowd where no search, however wide, gets to it. Which does, chance decides, for pgvector draws the levels of a
+            # graph at random: see build_index.build_graph.
             m, ef_construction = min(MAX_M, 3 * m), min(MAX_EF_CONSTRUCTION, 4 * ef_construction)
         name = _index_of(release, part)
         statement = sql.SQL(

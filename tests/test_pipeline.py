@@ -131,7 +131,7 @@ def test_an_index_that_finds_too_little_has_the_graph_of_the_outstanding_built_a
         found = connection.execute(f'SELECT product_id, part FROM "item_vectors_{table}" ORDER BY ctid').fetchall()
     placed, part = space.place(rows)
     length = dict(zip(items.product_ids, np.linalg.norm(placed[:, :-1], axis=1), strict=True))
-    for one, in_order in ((vectors.USUAL, True), (vectors.OUTSTANDING, False)):
+    for one, in_order in ((vectors.USUAL, True), (vectors.OUTSTANDING, False), (vectors.UNTOUCHED, False)):
         lengths = [length[name] for name, its_part in found if its_part == one]
         assert len(lengths) == (part == one).sum() > 2
         assert (lengths == sorted(lengths, reverse=True)) == in_order

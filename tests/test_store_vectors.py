@@ -445,14 +445,19 @@ def test_the_parts_of_an_index_answer_as_one_and_the_untouched_have_their_share(
         assert search(0, new=5).product_ids == untouched[:5]
 
 
-@pytest.mark.parametrize(("given", "outstanding"), [((8, 40), (24, 160)), ((60, 400), (100, 1000))])
-def test_the_outstanding_are_linked_with_more_care_within_what_pgvector_takes(shop, given, outstanding):
+@pytest.mark.parametrize(("given", "careful"), [((8, 40), (24, 160)), ((60, 400), (100, 1000))])
+@pytest.mark.parametrize("untouched_rows_at_most", [vectors.CAREFUL_ROWS, -1])
+def test_what_may_hold_crowds_is_linked_with_more_care_within_what_pgvector_takes(
+    shop, given, careful, untouched_rows_at_most, monkeypatch
+):
+    monkeypatch.setattr(vectors, "CAREFUL_ROWS", untouched_rows_at_most)
     shop.vectors.build_index(RELEASE, *given)
     with shop.pool.connection() as connection:
         found = connection.execute(
             "SELECT reloptions FROM pg_class WHERE relname LIKE '%hnsw_' ORDER BY relname"  # of the parts, in order
         ).fetchall()
-    expected = {part: outstanding if part == vectors.OUTSTANDING else given for part in range(vectors.PARTS)}
+    of_untouched = given if untouched_rows_at_most < 0 else careful
+    expected = {vectors.USUAL: given, vectors.OUTSTANDING: careful, vectors.UNTOUCHED: of_untouched}
     assert [set(options) for (options,) in found] == [
         {f"m={m}", f"ef_construction={ef}"} for _, (m, ef) in sorted(expected.items())
     ]
