@@ -236,9 +236,7 @@ class Recommender:
             plan = self.lists.plan(loaded, request, state, now)
             request = plan.request
         with clock("embed"):
-            past, batch = self._user_tensors(loaded, request, plan.state, now)
-            with torch.inference_mode():
-                query = loaded.user_tower(batch).numpy()  # (1, D)
+            past, batch, query = self._user_tensors(loaded, request, plan.state, now)
         with clock("search"):
             usual = list_kinds.Usual(
                 partial(self._search, loaded), partial(self._candidates, loaded), partial(self._untouched, loaded)
@@ -282,9 +280,7 @@ class Recommender:
         """What the live release's user tower makes of a request, in the coordinates of item rows: float32 [1, D]."""
         loaded = self.live()
         state, _ = self._state(loaded, request)
-        _, batch = self._user_tensors(loaded, request, state, request.moment)
-        with torch.inference_mode():
-            return loaded.user_tower(batch).numpy()
+        return self._user_tensors(loaded, request, state, request.moment)[2]
 
     def _by_rules(
         self, loaded: LoadedRelease, query: np.ndarray, request: Request, named: NamedRules, source: list_kinds.Source,
@@ -333,7 +329,8 @@ class Recommender:
 
     def _user_tensors(
         self, loaded: LoadedRelease, request: Request, state: UserState, now: float
-    ) -> tuple[Past, UserBatch]:
+    ) -> tuple[Past, UserBatch, np.ndarray]:
+        """The history, what the user tower reads, and the query that it makes of it, float32 [1, D]."""
         config, layout = loaded.user_tower.config, loaded.encoder.layout
         self._know_words(loaded, state.re_ids)
         count = max(1, len(state.product_ids))
@@ -363,7 +360,9 @@ class Recommender:
             context=torch.from_numpy(context),
             profile=torch.from_numpy(profile),
         )
-        return Past(unit, mask, std, re, price, profile), batch
+        with torch.inference_mode():
+            query = loaded.user_tower(batch).numpy()
+        return Past(unit, mask, std, re, price, profile), batch, query
 
     def _candidates(self, loaded: LoadedRelease, query: np.ndarray, request: Request, state: UserState) -> Found:
         """The best by inner product and links, and among them a share of products that nobody met yet: without one they would

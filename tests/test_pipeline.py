@@ -81,8 +81,7 @@ def test_products_that_nobody_met_have_their_share_of_the_candidates(new_shop):
 
         def candidates() -> Found:
             nobody = UserState.empty(loaded.user_tower.config.row_width)
-            _, batch = recommender._user_tensors(loaded, request, nobody, NOW)
-            return recommender._candidates(loaded, loaded.user_tower(batch).detach().numpy()[0], request, nobody)
+            return recommender._candidates(loaded, recommender.query(request)[0], request, nobody)
 
         with_share = candidates()
         loaded.new_goods = 0.0
