@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import numpy as np
@@ -30,13 +31,14 @@ from search_space import SearchSpace
 from settings import Settings, UserError, run_script
 from shop_data import ShopData, validation_start
 from store import ItemRows, Store
-from store.vectors import OUTSTANDING, USUAL, BuildCost
+from store.vectors import OUTSTANDING, UNTOUCHED, USUAL, BuildCost
 from text_encoder import TextEncoder
 from train_user import item_keys, retrieve
 
 FITTED_QUERIES = 200  # by which the search space is made
 CHECKED_QUERIES = 200  # others
 CHECKED_AT = 100
+CHECKED_NEW = 10  # of what nobody met, as many as a list looks for
 COPY_BATCH = 10_000
 SEARCH_WIDTHS = (100, 200, 400, 800)  # hnsw.ef_search: twice as wide costs about 1.6 times as much
 
@@ -48,6 +50,12 @@ class IndexOptions(Settings):
         0.995, ge=0, le=1, description="searches are widened until the index finds so much of exact search"
     )
     min_recall: float = Field(0.95, ge=0, le=1, description="an index that finds less, however wide, does not go live")
+    new_recall: float = Field(
+        0.9,
+        ge=0,
+        le=1,
+        description="where the index finds less of the best that nobody met, their graph is built once more, with more care",
+    )
     margin: float = Field(
         0.1,
         ge=0,
@@ -126,56 +134,106 @@ def foreseen(cost: BuildCost) -> str:
     return f"building an HNSW index over {cost.rows:,} items: {time}, {memory}"
 
 
-def index_recall(
-    store: Store, table: str, rows: np.ndarray, ids: list[str], queries: np.ndarray, space: SearchSpace, ef_search: int
-) -> float:
-    """The share of the exact best items that the index finds, over real queries, in searches of that width."""
-    count = min(CHECKED_AT, len(ids))
-    number_of = {product_id: number for number, product_id in enumerate(ids)}
-    found = 0
-    for query in queries:
-        scores = rows @ query
-        threshold = np.partition(scores, -count)[-count] - 1e-4  # items tied with the last one are as good
-        answer = store.vectors.search(table, query, count, ef_search=ef_search, placed=space.query(query))
-        found += sum(scores[number_of[product_id]] >= threshold for product_id in answer.product_ids)
-    return found / (count * len(queries))
+@dataclass(frozen=True)
+class IndexCheck:
+    """How wide an index has to be searched, and what it then finds of the exact best: of all, and of those that nobody met."""
+
+    ef_search: int
+    recall: float
+    new_recall: float
+
+    def __str__(self) -> str:
+        return (
+            f"recall@{CHECKED_AT} of the index {self.recall:.4f} at ef_search {self.ef_search}, recall@{CHECKED_NEW} of what "
+            f"nobody met {self.new_recall:.4f}"
+        )
 
 
-def search_width(
-    store: Store, table: str, rows: np.ndarray, ids: list[str], queries: np.ndarray, space: SearchSpace,
-    options: IndexOptions,
-) -> tuple[int, float]:  # fmt: skip
+@dataclass(frozen=True)
+class IndexedTable:
+    """A table of vectors under test: the exact rows float32 [N, D] behind it, their ids, and real queries [M, D]."""
+
+    store: Store
+    name: str
+    rows: np.ndarray
+    ids: list[str]
+    space: SearchSpace
+    queries: np.ndarray
+
+    def recall(self, ef_search: int) -> float:
+        """The share of the exact best items that the index finds, over the queries, in searches of that width."""
+        return self._recall(self.rows, self.ids, CHECKED_AT, ef_search, new=False)
+
+    def new_recall(self, ef_search: int) -> float:
+        """The same of the best that nobody met; 1.0 where there are none."""
+        unmet = np.flatnonzero(self.space.unmet(self.rows))
+        ids = [self.ids[row] for row in unmet.tolist()]
+        return self._recall(self.rows[unmet], ids, CHECKED_NEW, ef_search, new=True)
+
+    def _recall(self, rows: np.ndarray, ids: list[str], count: int, ef_search: int, new: bool) -> float:
+        count = min(count, len(ids))
+        if not count:
+            return 1.0
+        row_of = {product_id: row for row, product_id in enumerate(ids)}
+        found = 0
+        for query in self.queries:
+            scores = rows @ query
+            threshold = np.partition(scores, -count)[-count] - 1e-4  # items tied with the last one are as good
+            answer = self.store.vectors.search(
+                self.name, query, 0 if new else count, ef_search=ef_search, placed=self.space.query(query),
+                new=count if new else 0,
+            )  # fmt: skip
+            found += sum(bool(scores[row_of[product_id]] >= threshold) for product_id in answer.product_ids)
+        return found / (count * len(self.queries))
+
+
+def search_width(table: IndexedTable, options: IndexOptions) -> tuple[int, float]:
     """The least of SEARCH_WIDTHS that finds enough, and what it finds. How wide a search must be depends on the data: items in
     tight clusters, as of a catalogue of few attributes, need more."""
     for ef_search in SEARCH_WIDTHS:
-        recall = index_recall(store, table, rows, ids, queries, space, ef_search)
+        recall = table.recall(ef_search)
         if recall >= options.recall:
             break
     return ef_search, recall
 
 
-def build_graph(
-    store: Store, table: str, rows: np.ndarray, ids: list[str], queries: np.ndarray, space: SearchSpace,
-    options: IndexOptions,
-) -> tuple[int, float]:  # fmt: skip
-    """Build the index over a table's rows; how wide it has to be searched, and what it then finds, as `search_width`.
+def build_graph(table: IndexedTable, options: IndexOptions) -> IndexCheck:
+    """Build the index over a table's rows, and check it.
 
-    Where that is too little even in the widest searches, chance may have cut off a crowd of the outstanding (see
-    Vectors._build_part): their graph is built once more. Raises UserError when the index then finds less than it must.
+    Where even the widest searches find too little, chance may have cut off a crowd of the outstanding, and where they find too
+    little of what nobody met, one of that (see store.vectors): that part's graph is built once more. Raises UserError when the
+    index then finds less than it must of all; finding too little of what nobody met is said.
     """
-    for anew in (None, OUTSTANDING):
-        with tqdm(total=100, desc="building the HNSW index", unit="%", leave=False) as bar:
-            tell = partial(_tell, bar)
-            store.vectors.build_index(table, options.hnsw_m, options.ef_construction, tell, anew)
-        ef_search, recall = search_width(store, table, rows, ids, queries, space, options)
-        if recall >= options.recall:
-            break
+    _build(table, options, None)
+    ef_search, recall = search_width(table, options)
+    if recall < options.recall:
+        _build(table, options, OUTSTANDING)
+        ef_search, recall = search_width(table, options)
     if recall < options.min_recall:
         raise UserError(
             f"the index finds only {recall:.3f} of the exact best {CHECKED_AT} items (at least {options.min_recall} "
             "asked); raise --hnsw-m or --ef-construction"
         )
-    return ef_search, recall
+    # Of them a list holds few: searches, which look for all, are not made wider for their sake.
+    new_recall = table.new_recall(ef_search)
+    if new_recall < options.new_recall:
+        print(f"the index finds {new_recall:.3f} of the best that nobody met; with more care:")
+        _build(table, options, UNTOUCHED)
+        new_recall = table.new_recall(ef_search)
+    if new_recall < options.new_recall:
+        print(
+            f"the index still finds only {new_recall:.3f} of the best {CHECKED_NEW} items that nobody met "
+            f"({options.new_recall} wanted); a higher --hnsw-m or --ef-construction finds more"
+        )
+    return IndexCheck(ef_search, recall, new_recall)
+
+
+def _build(table: IndexedTable, options: IndexOptions, anew: int | None) -> None:
+    """All of the index, or the graph of one part in the place of the one it has; first how long that takes."""
+    vectors = table.store.vectors
+    print(foreseen(vectors.build_cost(table.name, options.hnsw_m, options.ef_construction, anew)))
+    with tqdm(total=100, desc="building the HNSW index", unit="%", leave=False) as bar:
+        vectors.build_index(table.name, options.hnsw_m, options.ef_construction, partial(_tell, bar), anew)
 
 
 def _tell(bar: tqdm, share: float) -> None:
@@ -242,20 +300,17 @@ def main(options: IndexOptions) -> None:
             return [ids[other] for other in others], strengths.tolist()
 
         copy_rows(store, table, ItemRows(ids, rows, shop.items.std, shop.items.re), space, linked)
-        print(foreseen(store.vectors.build_cost(table, options.hnsw_m, options.ef_construction)))
-        ef_search, recall = build_graph(
-            store, table, rows, ids, queries[fitted:] if len(queries) > 1 else queries, space, options
-        )
+        checked = queries[fitted:] if len(queries) > 1 else queries
+        check = build_graph(IndexedTable(store, table, rows, ids, space, checked), options)
         store.vectors.finish(release.name)
         release.record(
-            "index", items=len(ids), dimensions=rows.shape[1], ef_search=ef_search, recall=recall,
-            seconds=time.monotonic() - started, options=options.model_dump(mode="json", exclude={"database_url"}),
+            "index", items=len(ids), dimensions=rows.shape[1], **asdict(check), seconds=time.monotonic() - started,
+            options=options.model_dump(mode="json", exclude={"database_url"}),
         )  # fmt: skip
         # Last, with the rows in place: by this file workers see that a release was indexed anew.
         release.save_weights(SEARCH_SPACE, space)
         store.releases.record(release.name, release.manifest)
-        found = f"recall@{CHECKED_AT} of the index {recall:.4f} at ef_search {ef_search}"
-        print(f"release {release.name}: {len(ids)} items indexed, {found}")
+        print(f"release {release.name}: {len(ids)} items indexed, {check}")
         if options.live:
             check_not_worse(store, shop, release, options, encoder.text_encoder)
             release.make_live()

@@ -85,6 +85,11 @@ class SearchSpace(nn.Module):
         rest = np.sqrt(np.maximum(0.0, self.lengths.numpy()[part] ** 2 - square))
         return np.concatenate([stretched, rest[:, None]], axis=1).astype(np.float32), part
 
+    def unmet(self, rows: np.ndarray) -> np.ndarray:
+        """Which of the rows [n, D] are of items that nobody met, bool [n]."""
+        column = int(self.untouched)
+        return np.zeros(len(rows), dtype=bool) if column < 0 else rows[:, column] > 0
+
     def query(self, query: np.ndarray) -> np.ndarray:
         """A query [D] as the index takes it: float32 [D + 1]. Its products with placed rows are those with the rows themselves,
         less one number that is the same for all."""
@@ -95,5 +100,4 @@ class SearchSpace(nn.Module):
 
     def _parts(self, rows: np.ndarray, length: np.ndarray) -> np.ndarray:
         part = np.where(length >= float(self.outstanding_from), OUTSTANDING, USUAL)
-        column = int(self.untouched)
-        return part if column < 0 else np.where(rows[:, column] > 0, UNTOUCHED, part)
+        return np.where(self.unmet(rows), UNTOUCHED, part)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from build_index import CHECKED_QUERIES, FITTED_QUERIES, IndexOptions, build_graph, copy_rows
+from build_index import CHECKED_QUERIES, FITTED_QUERIES, IndexedTable, IndexOptions, build_graph, copy_rows
 from catalog import Event, Product, RawProduct, User
 from release import SEARCH_SPACE, Release
 from run_split import MODELS, is_done, open_home, run_step
@@ -124,14 +124,11 @@ def _fill(store: Store, base: Base, release: Release, items: int) -> None:
         return [name_of(number) for number in random.integers(items, size=LINKS).tolist()], strengths.tolist()
 
     copy_rows(store, table, rows, space, linked)
-    ef_search, recall = build_graph(
-        store, table, rows.vectors, rows.product_ids, queries[FITTED_QUERIES:], space, IndexOptions(_env_file=None)
-    )
+    indexed = IndexedTable(store, table, rows.vectors, rows.product_ids, space, queries[FITTED_QUERIES:])
+    check = build_graph(indexed, IndexOptions(_env_file=None))
     seconds = time.monotonic() - started
     store.vectors.finish(RELEASE)
-    release.record(
-        "index", **{**release.manifest["index"], "ef_search": ef_search, "recall": recall, "seconds": seconds}
-    )
+    release.record("index", **{**release.manifest["index"], **asdict(check), "seconds": seconds})
 
 
 def shoppers_batch(

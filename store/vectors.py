@@ -313,33 +313,36 @@ class Vectors:
             for row in _adapted(rows):
                 copy.write_row(row)
 
-    def build_cost(self, release: str, m: int = 16, ef_construction: int = 64) -> BuildCost:
-        """Foreseen from an index over a few of the rows, built now by one process, as n log n."""
+    def build_cost(self, release: str, m: int = 16, ef_construction: int = 64, anew: int | None = None) -> BuildCost:
+        """Foreseen of what `build_index` would do, from indexes over a few of the rows, built now by one process, as n log n."""
         table = table_of(release)
-        with self._pool.connection() as connection:
-            counts = connection.execute(sql.SQL("SELECT count(*) FROM {} GROUP BY part").format(table)).fetchall()
-            rows, largest = sum(count for (count,) in counts), max((count for (count,) in counts), default=0)
-            seconds = 0.0
-            with connection.transaction(force_rollback=True):
-                connection.execute("SELECT set_config('max_parallel_maintenance_workers', '0', true)")
-                connection.execute(
-                    sql.SQL("CREATE TEMP TABLE sample AS SELECT placed FROM {} ORDER BY product_id LIMIT {}").format(
-                        table, SAMPLED_ROWS
-                    )
+        seconds = memory = 0.0
+        with self._pool.connection() as connection, connection.transaction(force_rollback=True):
+            connection.execute("SELECT set_config('max_parallel_maintenance_workers', '0', true)")
+            connection.execute(
+                sql.SQL("CREATE TEMP TABLE sample AS SELECT placed FROM {} ORDER BY product_id LIMIT {}").format(
+                    table, SAMPLED_ROWS
                 )
-                row = connection.execute("SELECT vector_dims(placed) FROM sample LIMIT 1").fetchone()
-                dimensions = 0 if row is None else row[0]
-                if rows > SAMPLED_ROWS:  # else it is there in a moment
-                    started = time.perf_counter()
-                    connection.execute(
-                        sql.SQL(
-                            "CREATE INDEX ON sample USING hnsw (placed halfvec_ip_ops) WITH (m = {}, ef_construction = {})"
-                        ).format(sql.Literal(m), sql.Literal(ef_construction))
-                    )
-                    seconds = time.perf_counter() - started
-                    seconds *= rows * math.log(rows) / (SAMPLED_ROWS * math.log(SAMPLED_ROWS))
-        memory = _index_memory(largest, dimensions, m)
-        return BuildCost(rows, seconds, memory / 1024, memory < MOST_INDEX_MEMORY)
+            )
+            row = connection.execute("SELECT vector_dims(placed) FROM sample LIMIT 1").fetchone()
+            dimensions = 0 if row is None else row[0]
+            parts = _rows_of_parts(connection, release, anew)
+            by_care: dict[tuple[int, int], list[int]] = {}
+            for part, rows in parts.items():
+                by_care.setdefault(_care(part, rows, m, ef_construction, anew), []).append(rows)
+            for (its_m, its_ef_construction), counts in by_care.items():
+                memory = max(memory, *(_index_memory(rows, dimensions, its_m) for rows in counts))
+                if sum(counts) <= SAMPLED_ROWS:  # it is there in a moment
+                    continue
+                started = time.perf_counter()
+                connection.execute(
+                    sql.SQL(
+                        "CREATE INDEX ON sample USING hnsw (placed halfvec_ip_ops) WITH (m = {}, ef_construction = {})"
+                    ).format(sql.Literal(its_m), sql.Literal(its_ef_construction))
+                )
+                one = (time.perf_counter() - started) / (SAMPLED_ROWS * math.log(SAMPLED_ROWS))
+                seconds += one * sum(rows * math.log(rows) for rows in counts if rows)
+        return BuildCost(sum(parts.values()), seconds, memory / 1024, memory < MOST_INDEX_MEMORY)
 
     def build_index(
         self,
@@ -352,20 +355,13 @@ class Vectors:
         """Build the HNSW indexes over inner product, one a part; or only that of the part `anew`, in the place of the one it has.
         `progress` is given the share that is done, 0 to 1."""
         with self._pool.connection() as builder, ThreadPoolExecutor(1) as thread:
-            rows = dict(
-                builder.execute(
-                    sql.SQL("SELECT part, count(*) FROM {} GROUP BY part").format(table_of(release))
-                ).fetchall()
-            )
-            parts = range(PARTS) if anew is None else [anew]
-            total, done = max(1, sum(rows.get(part, 0) for part in parts)), 0
-            for part in parts:
+            parts = _rows_of_parts(builder, release, anew)
+            total, done = max(1, sum(parts.values())), 0
+            for part, count in parts.items():
                 # The backend's id names this build in the progress view, whoever else builds.
                 backend = builder.info.backend_pid
-                count = rows.get(part, 0)
-                build = thread.submit(
-                    self._build_part, builder, release, part, count, m, ef_construction, anew is not None
-                )
+                care = _care(part, count, m, ef_construction, anew)
+                build = thread.submit(self._build_part, builder, release, part, count, *care, anew is not None)
                 try:
                     while True:
                         try:
@@ -386,12 +382,6 @@ class Vectors:
     def _build_part(
         self, connection: Connection[Any], release: str, part: int, rows: int, m: int, ef_construction: int, anew: bool
     ) -> None:
-        if part == OUTSTANDING or (part == UNTOUCHED and rows <= CAREFUL_ROWS):
-            # The outstanding are few, and most searches end among them. Of a great catalogue's best sellers many are much alike,
-            # and of what nobody met many are the same on paper: with the links that are enough elsewhere a build may leave such a
-            # crowd where no search, however wide, gets to it. Which does, chance decides, for pgvector draws the levels of a
-            # graph at random: see build_index.build_graph.
-            m, ef_construction = min(MAX_M, 3 * m), min(MAX_EF_CONSTRUCTION, 4 * ef_construction)
         name = _index_of(release, part)
         statement = sql.SQL(
             "CREATE INDEX {} ON {} USING hnsw (placed halfvec_ip_ops) WITH (m = {}, ef_construction = {}) WHERE part = {}"
@@ -664,6 +654,26 @@ def stack_ids(sent: Sequence[bytes]) -> np.ndarray:
 
 def _index_of(release: str, part: int) -> sql.Identifier:
     return sql.Identifier(f"{_PREFIX}{release}_hnsw{part}")
+
+
+def _rows_of_parts(connection: Connection[Any], release: str, only: int | None) -> dict[int, int]:
+    """How many rows each part has, or that one."""
+    counted = sql.SQL("SELECT part, count(*) FROM {} GROUP BY part").format(table_of(release))
+    rows = dict(connection.execute(counted).fetchall())
+    return {part: rows.get(part, 0) for part in (range(PARTS) if only is None else [only])}
+
+
+def _care(part: int, rows: int, m: int, ef_construction: int, anew: int | None) -> tuple[int, int]:
+    """m and ef_construction of a part's graph.
+
+    The outstanding are few, and most searches end among them. Of a great catalogue's best sellers many are much alike, and of what
+    nobody met many are the same on paper: with the links that are enough elsewhere a build may leave such a crowd where no search,
+    however wide, gets to it. Which does, chance decides, for pgvector draws the levels of a graph at random: see
+    build_index.build_graph. Of many that nobody met the care is taken only where a first graph did not find them.
+    """
+    if part == OUTSTANDING or (part == UNTOUCHED and (part == anew or rows <= CAREFUL_ROWS)):
+        return min(MAX_M, 3 * m), min(MAX_EF_CONSTRUCTION, 4 * ef_construction)
+    return m, ef_construction
 
 
 def _index_memory(rows: int, dimensions: int, m: int) -> int:

@@ -16,6 +16,7 @@ import pytest
 import build_index
 import extract_features
 import train_user
+from build_index import IndexCheck, IndexedTable
 from catalog import Event, Product, RawProduct
 from datasets import sample_shop
 from loaded_release import UnavailableError
@@ -48,6 +49,7 @@ def test_the_release_is_live_and_complete(shop):
     }  # fmt: skip
     assert release.manifest["index"]["items"] == 200
     assert release.manifest["index"]["recall"] > 0.95
+    assert release.manifest["index"]["new_recall"] > 0.95
     assert not list(release.folder.glob("*.checkpoint.pt"))
 
 
@@ -96,33 +98,41 @@ def test_products_that_nobody_met_have_their_share_of_the_candidates(new_shop):
     assert (np.diff(with_share.scores) <= 0).all()
 
 
-def test_searches_are_as_wide_as_the_index_needs(asked, shop):
+def test_searches_are_as_wide_as_the_index_needs(asked, shop, monkeypatch):
     """Rows turned about stand for an index that finds the wrong items: of the best 100, only what is near the middle."""
-    store, recommender = asked
-    release = Release.open(shop.models_dir)
-    data = ShopData.of_release(store, recommender.live().encoder, release)
-    rows, space = build_index.index_rows(data, release), release.search_space()
-    queries = build_index.queries_of_shoppers(data, release, data.links(data.now), 20)
-
-    def width(rows):
-        options = build_index.IndexOptions(**shop.model_dump())
-        return build_index.search_width(store, release.name, rows, data.items.product_ids, queries, space, options)
-
-    ef_search, recall = width(rows)
+    monkeypatch.setattr(build_index, "CHECKED_NEW", 2)  # of so few
+    table, _ = table_of(asked, shop)
+    options = build_index.IndexOptions(**shop.model_dump())
+    ef_search, recall = build_index.search_width(table, options)
     assert ef_search == build_index.SEARCH_WIDTHS[0]
     assert recall >= 0.99
-    ef_search, recall = width(-rows)
+    assert table.new_recall(ef_search) >= 0.99
+    unmet = table.space.unmet(table.rows)
+    turned = -table.rows
+    turned[:, int(table.space.untouched)] = unmet
+    table = replace(table, rows=turned)
+    ef_search, recall = build_index.search_width(table, options)
     assert ef_search == build_index.SEARCH_WIDTHS[-1]
     assert recall < 0.5
+    assert table.new_recall(ef_search) < 0.5
+    assert replace(table, rows=table.rows * ~unmet[:, None]).new_recall(ef_search) == 1.0  # there is nothing to find
 
 
-def test_an_index_that_finds_too_little_has_the_graph_of_the_outstanding_built_anew_once(asked, shop, monkeypatch):
+def table_of(asked, shop) -> tuple[IndexedTable, ItemRows]:
+    """The release's table, with 20 queries, and what was copied into it."""
     store, recommender = asked
     release = Release.open(shop.models_dir)
     data = ShopData.of_release(store, recommender.live().encoder, release)
-    rows, space = build_index.index_rows(data, release), release.search_space()
-    table = store.vectors.begin(release.name, rows.shape[1])
-    items = ItemRows(data.items.product_ids, rows, data.items.std, data.items.re)
+    rows, ids = build_index.index_rows(data, release), data.items.product_ids
+    queries = build_index.queries_of_shoppers(data, release, data.links(data.now), 20)
+    table = IndexedTable(store, release.name, rows, ids, release.search_space(), queries)
+    return table, ItemRows(ids, rows, data.items.std, data.items.re)
+
+
+def test_a_graph_that_finds_too_little_is_built_anew_once(asked, shop, monkeypatch, capsys):
+    released, items = table_of(asked, shop)
+    store, space, rows = released.store, released.space, released.rows
+    table = store.vectors.begin(released.name, rows.shape[1])
     build_index.copy_rows(store, table, items, space, lambda row: ([], []))
 
     # Those alike are not neighbours in the table, from which the graph is built in order, though the others are by their length.
@@ -135,31 +145,48 @@ def test_an_index_that_finds_too_little_has_the_graph_of_the_outstanding_built_a
         assert len(lengths) == (part == one).sum() > 2
         assert (lengths == sorted(lengths, reverse=True)) == in_order
 
-    def build(*found: float) -> tuple[tuple[int, float], list[int]]:
-        """The indexes of the parts are objects of the database with the numbers given."""
-        answers = iter(found)
-        monkeypatch.setattr(build_index, "index_recall", lambda *given: next(answers))
+    monkeypatch.setattr(vectors, "CAREFUL_ROWS", -1)  # as if those that nobody met were many
+
+    def build(found: list[float], found_new: list[float]) -> tuple[IndexCheck, list[int], list[str]]:
+        """What is found, the numbers that the indexes of the parts have in the database, and how that of the unmet was made."""
+        answers, new_answers = iter(found), iter(found_new)
+        monkeypatch.setattr(IndexedTable, "recall", lambda *given: next(answers))
+        monkeypatch.setattr(IndexedTable, "new_recall", lambda *given: next(new_answers))
         options = build_index.IndexOptions(**shop.model_dump())
-        result = build_index.build_graph(store, table, rows, items.product_ids, rows[:1], space, options)
-        assert not list(answers)
+        result = build_index.build_graph(replace(released, name=table), options)
+        assert not [*answers, *new_answers]
         with store.pool.connection() as connection:
-            numbers = connection.execute(
-                "SELECT oid FROM pg_class WHERE starts_with(relname, %s) ORDER BY relname",
+            made = connection.execute(
+                "SELECT oid, reloptions FROM pg_class WHERE starts_with(relname, %s) ORDER BY relname",
                 (f"item_vectors_{table}_hnsw",),
             ).fetchall()
             connection.execute("DROP INDEX " + ", ".join(f'"item_vectors_{table}_hnsw{n}"' for n in range(3)))
-        return result, [number for (number,) in numbers]
+        return result, [number for number, _ in made], made[vectors.UNTOUCHED][1]
 
-    best, numbers = build(0.9, 0.996)
-    assert best == (200, 0.996)
+    usual, careful = ["m=16", "ef_construction=64"], ["m=48", "ef_construction=256"]
+    check, numbers, how = build([0.9, 0.996], [0.92])
+    assert check == IndexCheck(200, 0.996, 0.92)
     assert numbers == sorted(numbers)  # one after the other
-    best, numbers = build(0.9, 0.9, 0.9, 0.96, 1.0)
-    assert best == (100, 1.0)
+    assert how == usual
+    check, numbers, how = build([0.9, 0.9, 0.9, 0.96, 1.0], [0.92])
+    assert check == IndexCheck(100, 1.0, 0.92)
     assert max(numbers) == numbers[vectors.OUTSTANDING]
-    best, numbers = build(0.9, 0.9, 0.9, 0.96, 0.9, 0.9, 0.9, 0.97)  # hard, not unlucky
-    assert best == (800, 0.97)
+    assert how == usual
+    check, _, _ = build([0.9, 0.9, 0.9, 0.96, 0.9, 0.9, 0.9, 0.97], [0.92])  # hard, not unlucky
+    assert check == IndexCheck(800, 0.97, 0.92)
+    assert "nobody met" not in capsys.readouterr().out
+    check, _, how = build([0.9, 0.996], [0.5, 0.98])
+    assert check == IndexCheck(200, 0.996, 0.98)
+    assert how == careful
+    said = capsys.readouterr().out
+    assert "finds 0.500 of the best that nobody met" in said
+    assert "still" not in said
+    assert f"over {space.unmet(rows).sum()} items" in said
+    check, _, _ = build([1.0], [0.5, 0.6])  # no reason to have no index at all
+    assert check == IndexCheck(100, 1.0, 0.6)
+    assert "still finds only 0.600 of the best 10 items that nobody met (0.9 wanted)" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"finds only 0\.900 .*raise --hnsw-m"):
-        build(*[0.9] * 8)
+        build([0.9] * 8, [])
     store.vectors.drop(table)
 
 

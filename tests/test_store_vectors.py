@@ -264,6 +264,8 @@ def test_what_a_build_takes_is_foreseen_from_a_few_rows(shop, monkeypatch):
     assert sampled.megabytes == few.megabytes > 0
     monkeypatch.setattr(vectors, "MOST_INDEX_MEMORY", 64 * 1024)
     assert not shop.vectors.build_cost(RELEASE).fits
+    of_none = shop.vectors.build_cost(RELEASE, anew=vectors.UNTOUCHED)
+    assert (of_none.rows, of_none.seconds, of_none.fits) == (0, 0.0, False)
     shop.vectors.build_index(RELEASE)  # nothing of it stands in the way
 
 
