@@ -283,7 +283,7 @@ def main(options: IndexOptions) -> None:
             raise UserError(f"release {release.name} has no {needed} yet; run the training script that makes it")
     encoder = ItemEncoder(release, TextEncoder.load(options))
     with Store.open(options) as store:
-        origins = store.products.origins()
+        read_at, origins = store.products.now(), store.products.origins()
         encoder.learn_words(store.releases.words(release.name))  # of goods that came since it was trained
         shop = ShopData.of_release(store, encoder, release)
         rows = index_rows(shop, release)
@@ -304,8 +304,8 @@ def main(options: IndexOptions) -> None:
         check = build_graph(IndexedTable(store, table, rows, ids, space, checked), options)
         store.vectors.finish(release.name)
         release.record(
-            "index", items=len(ids), dimensions=rows.shape[1], **asdict(check), seconds=time.monotonic() - started,
-            options=options.model_dump(mode="json", exclude={"database_url"}),
+            "index", items=len(ids), dimensions=rows.shape[1], **asdict(check), read_at=read_at,
+            seconds=time.monotonic() - started, options=options.model_dump(mode="json", exclude={"database_url"}),
         )  # fmt: skip
         # Last, with the rows in place: by this file workers see that a release was indexed anew.
         release.save_weights(SEARCH_SPACE, space)

@@ -508,12 +508,12 @@ class Recommender:
         return deleted
 
     def catch_up(self) -> int:
-        """Index the products of which the live release has no vector, since they came while another one was live: after the way
-        back to an older one. How many they were."""
+        """Index the products of which the live release has no vector, or that of what they were, since they came or changed while
+        another one was live: after the way back to an older one. How many they were."""
         loaded = self.live()
-        missing = self.store.vectors.missing(loaded.name)
-        self.index(loaded, missing)
-        return len(missing)
+        outdated = self.store.vectors.outdated(loaded.name, loaded.read_at)
+        self.index(loaded, outdated)
+        return len(outdated)
 
     def index(self, loaded: LoadedRelease, ids: Sequence[str]) -> None:
         """Embed products as they stand now, and put their rows into a release: searches find them at once. Ids of products that are

@@ -494,7 +494,7 @@ def main(options: ReleaseOptions) -> None:
         print(f"release {Release.current(models_dir)} is live")
         count = Recommender(store, options, text_encoder).catch_up()
         if count:
-            print(f"{count} products that came while another one was live are indexed too")
+            print(f"{count} products that came or changed while another one was live are indexed too")
 
 
 @contextmanager

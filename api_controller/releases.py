@@ -68,7 +68,7 @@ async def rollback(service: ServiceDep, leaving: Leaving = None) -> ReleaseAnswe
 
 async def moved(service: Service, recommender: Recommender, work: Callable[[], ReleaseAnswer]) -> ReleaseAnswer:
     """Move the pointer; 409 when that cannot be, 503 when it is not known whether it was. Products that the release does
-    not know yet are indexed behind the answer."""
+    not know yet, or not as they are now, are indexed behind the answer."""
 
     def work_to_the_end() -> ReleaseAnswer:
         answer = work()
@@ -92,7 +92,7 @@ def catch_up(recommender: Recommender) -> None:
     try:
         recommender.catch_up()
     except (UnavailableError, psycopg.Error) as error:
-        log.warning("products that came while another release was live are not indexed yet: %s", error)
+        log.warning("products that came or changed while another release was live are not indexed yet: %s", error)
 
 
 def described(service: Service, name: str) -> ReleaseAnswer:

@@ -34,7 +34,8 @@ UPSERT = f"""
 
 # `{rows}` gives product_id, std, re, origin, evidence.
 UPDATE_FEATURES = """
-    UPDATE products SET std = given.std, re = given.re, features_origin = given.origin, features_evidence = given.evidence
+    UPDATE products SET std = given.std, re = given.re, features_origin = given.origin, features_evidence = given.evidence,
+        features_at = clock_timestamp()
     FROM (SELECT product_id, std, re, origin, evidence FROM {rows} ORDER BY product_id) AS given
     WHERE products.product_id = given.product_id
         AND (products.std, products.re, products.features_origin, products.features_evidence)
@@ -143,6 +144,13 @@ class Products:
         """
         with self._pool.connection() as connection:
             put_features(connection, products, origin, evidence)
+
+    def now(self) -> float:
+        """Epoch seconds of the clock by which features change."""
+        with self._pool.connection() as connection:
+            row = connection.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone()
+        assert row is not None
+        return float(row[0])
 
     def origins(self) -> dict[str, str]:
         """Who read the features, of every product that has some."""

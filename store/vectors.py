@@ -437,14 +437,15 @@ class Vectors:
         assert row is not None
         return bool(row[0])
 
-    def missing(self, release: str) -> list[str]:
-        """Products that have features and no vector in the release, in the order of ids."""
+    def outdated(self, release: str, since: float | None) -> list[str]:
+        """Products that have features and no vector in the release, or features that changed after the moment `since`, in the order
+        of ids. Epoch seconds of the database's clock; None if it is not known."""
         query = sql.SQL(
-            "SELECT product_id FROM products WHERE std IS NOT NULL"
-            " AND NOT EXISTS (SELECT FROM {} AS v WHERE v.product_id = products.product_id) ORDER BY product_id"
+            "SELECT product_id FROM products WHERE std IS NOT NULL AND (features_at > to_timestamp(%s::float8)"
+            " OR NOT EXISTS (SELECT FROM {} AS v WHERE v.product_id = products.product_id)) ORDER BY product_id"
         ).format(table_of(release))
         with self._pool.connection() as connection:
-            return [product_id for (product_id,) in connection.execute(query).fetchall()]
+            return [product_id for (product_id,) in connection.execute(query, (since,)).fetchall()]
 
     def drop(self, release: str) -> None:
         """Remove the release's vectors, if it has any."""

@@ -10,13 +10,14 @@ import sys
 from datetime import UTC, datetime, timedelta
 
 import httpx
+import numpy as np
 import polars as pl
 import pytest
 
 import keys
 import release as releases
 from api_controller.schemas import ExperimentBody, RecommendBody, RulesBody, RulesLiveBody, ViewBody
-from catalog import Event, RawProduct
+from catalog import Event, Product, RawProduct
 from client import StyleTower, StyleTowerError, sign_shopper
 from experiments import Arm
 from release import PARTS, Release, _promotions, delete
@@ -349,17 +350,32 @@ def test_a_release_that_answers_in_an_experiment_is_not_deleted(shop, admin):
     assert admin.put_products([RawProduct(product_id="after-twins", title="Dress")]).stored == 1
 
 
-def test_what_came_while_another_release_was_live_is_known_after_the_way_back(shop, admin):
-    trained(shop).make_live()
+def test_what_came_or_changed_while_another_release_was_live_is_known_after_the_way_back(shop, admin):
+    first = trained(shop)
+    first.make_live()
+    admin.put_products([RawProduct(product_id="changed", title="Wool coat")])
     twin(shop, "third")
     admin.promote("third")
     admin.put_products([RawProduct(product_id="late-1", title="Linen wrap dress", price=87654321.0)])
+    admin.put_products([RawProduct(product_id="changed", title="Silk party dress")])
     body = RecommendBody.model_validate({"filters": {"min_price": 87654321.0}})
     assert [item.product_id for item in admin.recommend(body).items] == ["late-1"]
     admin.rollback()
     eventually(lambda: [item.product_id for item in admin.recommend(body).items] == ["late-1"])
-    assert admin.recommend(body).release == trained(shop).name
+    assert admin.recommend(body).release == first.name
     with Store.open(shop) as store:
+
+        def vector_in(release: str) -> np.ndarray:
+            return store.vectors.fetch(release, ["changed"]).vectors[0]
+
+        eventually(lambda: np.allclose(vector_in(first.name), vector_in("third"), atol=1e-5))
+        # Only these: what was there when a release was indexed has its vector, whoever read it when.
+        store.products.put_features(
+            [Product(product_id="late-1", title="", std={}, re={"style": ["latecore"]})], "test"
+        )
+        later = store.products.now()
+        assert "late-1" in store.vectors.outdated(first.name, first.manifest["index"]["read_at"])
+        assert store.vectors.outdated(first.name, later) == store.vectors.outdated(first.name, None) == []
         delete(store, shop.models_dir, "third")
 
 

@@ -367,7 +367,7 @@ def test_a_put_that_ends_after_another_release_went_live_is_in_that_one_too(new_
         def rows(loaded, products):
             if loaded.name == first.name:  # another worker promotes, and catches up with what is there: nothing yet
                 Release.open(shop.models_dir, "second").make_live()
-                assert store.vectors.missing("second") == []
+                assert store.vectors.outdated("second", None) == []
             return made(loaded, products)
 
         monkeypatch.setattr(recommender, "_rows", rows)
