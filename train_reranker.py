@@ -56,7 +56,7 @@ from tensors import (
 )
 from text_encoder import TextEncoder
 from train_user import Retrieved, UserOptions, item_keys, learn_on, retrieve
-from training import TrainOptions, finish, fit, shuffled_batches
+from training import TrainOptions, check_checkpoint, finish, fit, shuffled_batches
 
 STAGE = "reranker"
 NDCG_AT = 12
@@ -364,6 +364,7 @@ def main(options: RerankerOptions) -> None:
     encoder = ItemEncoder(release, TextEncoder.load(options))
     if "user_tower" not in release.manifest:
         raise UserError(f"release {release.name} has no user tower yet; run train_user.py first")
+    check_checkpoint(options, release.folder, STAGE)  # before lists are made to learn from: that takes longest
     with Store.open(options) as store:
         shop = ShopData.of_release(store, encoder, release)
         shown, why = impressions_to_use(store, release, options)

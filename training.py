@@ -197,6 +197,12 @@ def fit(
     )
 
 
+def check_checkpoint(options: TrainOptions, folder: Path, name: str) -> None:
+    """For who has long work to do before `fit`: raises UserError, as that would, for a checkpoint that it cannot continue."""
+    if not options.fresh:
+        _Checkpoint(folder / f"{name}.checkpoint.pt", {}, _identity(options, name)).read()
+
+
 def finish(folder: Path, name: str) -> None:
     """Delete a stage's checkpoint, once its result is saved: the next run starts anew."""
     (folder / f"{name}.checkpoint.pt").unlink(missing_ok=True)
@@ -283,24 +289,38 @@ class _Checkpoint:
         )  # fmt: skip
         os.replace(temporary, self.path)
 
-    def load(self) -> _Progress | None:
-        """Continue from the file if it belongs to a run with these options; one with others is left alone."""
+    def read(self) -> dict[str, Any] | None:
+        """What the file holds, if it belongs to a run with these options; one with others is left alone."""
         if not self.path.exists():
             return None
         try:
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
-            if saved["identity"] == self.identity:
-                for name, part in self.parts.items():
-                    part.load_state_dict(saved["parts"][name])
-                torch.set_rng_state(saved["random"])
-                self.best_state = saved["best"]
-                return _Progress(**saved["progress"])
-        except Exception as error:  # a damaged file raises anything; a model of other shapes, RuntimeError
+            of_this_run = saved["identity"] == self.identity
+        except Exception as error:  # a damaged file raises anything
+            raise self._damaged(error) from error
+        if not of_this_run:
             raise UserError(
-                f"{self.path} cannot be continued: it is damaged or the data changed since; "
-                f"pass --fresh to start over ({error})"
-            ) from error
-        raise UserError(
-            f"{self.path} is from an interrupted run with other options; "
-            "run with the same options to continue it, or pass --fresh to start over"
+                f"{self.path} is from an interrupted run with other options; "
+                "run with the same options to continue it, or pass --fresh to start over"
+            )
+        return dict(saved)
+
+    def load(self) -> _Progress | None:
+        """Continue from the file, if there is one."""
+        saved = self.read()
+        if saved is None:
+            return None
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(saved["parts"][name])
+            torch.set_rng_state(saved["random"])
+            self.best_state = saved["best"]
+            return _Progress(**saved["progress"])
+        except Exception as error:  # a model of other shapes raises RuntimeError, an incomplete file KeyError
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> UserError:
+        return UserError(
+            f"{self.path} cannot be continued: it is damaged or the data changed since; "
+            f"pass --fresh to start over ({error})"
         )

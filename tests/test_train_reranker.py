@@ -328,3 +328,12 @@ def test_lists_of_the_last_days_are_of_a_tower_that_learned_what_was_taken_until
     learned = UserOptions(**release.manifest["user_tower"]["options"], _env_file=None)
     learn_on(tower, data, learned, profiles, last, shop.models_dir, "test")
     assert np.array_equal(features.keys[last], keys(last))
+
+
+def test_what_cannot_be_continued_is_refused_before_the_lists_are_made(shop, monkeypatch):
+    checkpoint = Release.open(shop.models_dir).folder / "reranker.checkpoint.pt"
+    torch.save({"identity": "of other options"}, checkpoint)
+    monkeypatch.setattr(train_reranker, "replay", lambda *given: pytest.fail("the work of minutes was begun"))
+    with pytest.raises(UserError, match="interrupted run with other options"):
+        train_reranker.main(options(shop))
+    checkpoint.unlink()

@@ -27,7 +27,7 @@ from release import Release
 from settings import UserError
 from tests.tiny import tiny_text_encoder
 from train_simcse import SimcseOptions, gather_views, nt_xent
-from training import FitReport, TrainOptions, fit, shuffled_batches
+from training import FitReport, TrainOptions, check_checkpoint, fit, shuffled_batches
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = np.arange(12)
@@ -153,6 +153,14 @@ def test_a_checkpoint_of_other_options_is_refused_and_fresh_starts_over(tmp_path
     with pytest.raises(UserError, match=r"tiny\.checkpoint\.pt .*other options.*--fresh"):
         train(tmp_path, learning_rate=1e-4)
     assert checkpoint.read_bytes() == before
+    # Whoever asks beforehand hears the same, and what random numbers follow is as if nobody had asked.
+    state = torch.get_rng_state()
+    with pytest.raises(UserError, match=r"tiny\.checkpoint\.pt .*other options.*--fresh"):
+        check_checkpoint(options(learning_rate=1e-4), tmp_path, "tiny")
+    check_checkpoint(options(learning_rate=1e-4, fresh=True), tmp_path, "tiny")
+    check_checkpoint(options(learning_rate=1e-4), tmp_path / "nowhere", "tiny")
+    check_checkpoint(options(), tmp_path, "tiny")
+    assert torch.equal(torch.get_rng_state(), state)
     assert_same_run(train(tmp_path, fresh=True), uninterrupted)
 
 
