@@ -121,6 +121,7 @@ def copy_rows(
                 part[batch],
                 [others for others, _ in links],
                 [strengths for _, strengths in links],
+                [rows.features_at[row] for row in batch] if rows.features_at else (),
             ),
         )
 
@@ -262,19 +263,6 @@ def check_not_worse(
     print(f"release {release.name} is compared with the live {name}: {comparison}")
 
 
-def catch_up(store: Store, options: IndexOptions, text_encoder: TextEncoder, before: dict[str, str]) -> None:
-    """Index what changed while the release was built: the API put it into the release that was live then.
-
-    before: who read which product's features, from a moment before the catalogue was read.
-    """
-    now = store.products.origins()
-    changed = [product_id for product_id, origin in now.items() if origin != before.get(product_id)]
-    if changed:
-        recommender = Recommender(store, options, text_encoder)
-        recommender.index(recommender.live(), changed)
-        print(f"{len(changed)} products that changed meanwhile are indexed too")
-
-
 def main(options: IndexOptions) -> None:
     started = time.monotonic()
     release = Release.open(options.models_dir, options.release)
@@ -283,7 +271,8 @@ def main(options: IndexOptions) -> None:
             raise UserError(f"release {release.name} has no {needed} yet; run the training script that makes it")
     encoder = ItemEncoder(release, TextEncoder.load(options))
     with Store.open(options) as store:
-        read_at, origins = store.products.now(), store.products.origins()
+        # Before the features: what changes in between is then seen to be outdated, and made once more than it need be.
+        features_at = store.products.features_at()
         encoder.learn_words(store.releases.words(release.name))  # of goods that came since it was trained
         shop = ShopData.of_release(store, encoder, release)
         rows = index_rows(shop, release)
@@ -299,12 +288,13 @@ def main(options: IndexOptions) -> None:
             others, strengths = links.of(row)
             return [ids[other] for other in others], strengths.tolist()
 
-        copy_rows(store, table, ItemRows(ids, rows, shop.items.std, shop.items.re), space, linked)
+        made_of = [features_at.get(product_id) for product_id in ids]
+        copy_rows(store, table, ItemRows(ids, rows, shop.items.std, shop.items.re, features_at=made_of), space, linked)
         checked = queries[fitted:] if len(queries) > 1 else queries
         check = build_graph(IndexedTable(store, table, rows, ids, space, checked), options)
         store.vectors.finish(release.name)
         release.record(
-            "index", items=len(ids), dimensions=rows.shape[1], **asdict(check), read_at=read_at,
+            "index", items=len(ids), dimensions=rows.shape[1], **asdict(check),
             seconds=time.monotonic() - started, options=options.model_dump(mode="json", exclude={"database_url"}),
         )  # fmt: skip
         # Last, with the rows in place: by this file workers see that a release was indexed anew.
@@ -315,8 +305,9 @@ def main(options: IndexOptions) -> None:
             check_not_worse(store, shop, release, options, encoder.text_encoder)
             release.make_live()
             print(f"release {release.name} is live")
-            # Only now: a product put from here on goes into this release by itself.
-            catch_up(store, options, encoder.text_encoder, origins)
+            # What the API put meanwhile, it put into the release that was live then; from here on it puts it into this one.
+            if count := Recommender(store, options, encoder.text_encoder).catch_up():
+                print(f"{count} products that came or changed meanwhile are indexed too")
 
 
 if __name__ == "__main__":

@@ -48,9 +48,6 @@ class LoadedRelease:
         self.new_goods = float(release.manifest["reranker"]["options"]["new_goods"])
         self.search_space = release.search_space()
         self.ef_search = int(release.manifest["index"]["ef_search"])  # what the index's recall was measured with
-        self.read_at: float | None = release.manifest["index"].get(
-            "read_at"
-        )  # None: by an earlier version of this program
         self.allowed_values = {
             field_name: {normalise(value): value for value in values}
             for field_name, values in release.schema().std.items()

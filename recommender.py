@@ -508,10 +508,10 @@ class Recommender:
         return deleted
 
     def catch_up(self) -> int:
-        """Index the products of which the live release has no vector, or that of what they were, since they came or changed while
-        another one was live: after the way back to an older one. How many they were."""
+        """Index the products of which the live release has no vector, or that of what they were: they came or changed while it was
+        built, or while another one was live. How many they were."""
         loaded = self.live()
-        outdated = self.store.vectors.outdated(loaded.name, loaded.read_at)
+        outdated = self.store.vectors.outdated(loaded.name)
         self.index(loaded, outdated)
         return len(outdated)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -145,12 +146,10 @@ class Products:
         with self._pool.connection() as connection:
             put_features(connection, products, origin, evidence)
 
-    def now(self) -> float:
-        """Epoch seconds of the clock by which features change."""
-        with self._pool.connection() as connection:
-            row = connection.execute("SELECT extract(epoch FROM clock_timestamp())::float8").fetchone()
-        assert row is not None
-        return float(row[0])
+    def features_at(self) -> dict[str, datetime | None]:
+        """When the features of every product that has some changed last; None for those that are older than the note of it."""
+        with self._pool.connection() as connection, connection.cursor(binary=True) as cursor:
+            return dict(cursor.execute("SELECT product_id, features_at FROM products WHERE std IS NOT NULL").fetchall())
 
     def origins(self) -> dict[str, str]:
         """Who read the features, of every product that has some."""

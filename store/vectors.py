@@ -46,7 +46,7 @@ PARTS = 3
 CAREFUL_ROWS = 50_000  # that nobody met, of which a graph with three times the links still takes but a minute
 SAMPLED_ROWS = 5_000  # of which an index is built to foresee how long one of all will take: half a second
 DELETE_WAIT = "200ms"  # for a table on which an index is being built; see `delete`
-_COLUMNS = sql.SQL("product_id, vector, placed, part, std_ids, re_ids, linked, link_strength")
+_COLUMNS = sql.SQL("product_id, vector, placed, part, std_ids, re_ids, linked, link_strength, features_at")
 # The wire form as bytes: a hundred rows become one array at once (`stack_vectors`, `stack_ids`), not number by number.
 BINARY = sql.SQL("vector_send(vector), array_send(std_ids), array_send(re_ids)")
 
@@ -152,6 +152,8 @@ class ItemRows:
     part: np.ndarray | None = None  # int [n], and in which part; None: all in the first
     linked: Sequence[list[str]] = ()  # of each item, the products it was taken together with; () if nobody knows
     link_strength: Sequence[list[float]] = ()  # and how strongly: see item_links.py
+    # Of each item `products.features_at` of the features that it was made of, None if they had none. () if nobody knows.
+    features_at: Sequence[datetime | None] = ()
 
 
 @dataclass(frozen=True)
@@ -281,9 +283,10 @@ class Vectors:
         with self._pool.connection() as connection:
             connection.execute(
                 sql.SQL(
-                    'CREATE TABLE {} (product_id text COLLATE "C" PRIMARY KEY, vector vector({}) NOT NULL,'
+                    'CREATE TABLE {} (product_id text COLLATE "C", vector vector({}) NOT NULL,'
                     " placed halfvec({}) NOT NULL, part int2 NOT NULL, std_ids int4[] NOT NULL, re_ids int4[] NOT NULL,"
-                    " linked text[] NOT NULL, link_strength float4[] NOT NULL)"
+                    " linked text[] NOT NULL, link_strength float4[] NOT NULL, features_at timestamptz,"
+                    " PRIMARY KEY (product_id) INCLUDE (features_at))"
                 ).format(table_of(release), sql.Literal(dimensions), sql.Literal(dimensions + 1))
             )
 
@@ -309,9 +312,12 @@ class Vectors:
         """Add rows by binary COPY. May be called several times; an id that is there is an error."""
         copy_from = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT binary)").format(table_of(release), _COLUMNS)
         with self._pool.connection() as connection, connection.cursor().copy(copy_from) as copy:
-            copy.set_types(["text", "vector", "halfvec", "int2", "int4[]", "int4[]", "text[]", "float4[]"])
-            for row in _adapted(rows):
-                copy.write_row(row)
+            copy.set_types(
+                ["text", "vector", "halfvec", "int2", "int4[]", "int4[]", "text[]", "float4[]", "timestamptz"]
+            )
+            made_of = rows.features_at or [None] * len(rows.product_ids)
+            for row, features_at in zip(_adapted(rows), made_of, strict=True):
+                copy.write_row((*row, features_at))
 
     def build_cost(self, release: str, m: int = 16, ef_construction: int = 64, anew: int | None = None) -> BuildCost:
         """Foreseen of what `build_index` would do, from indexes over a few of the rows, built now by one process, as n log n."""
@@ -437,15 +443,14 @@ class Vectors:
         assert row is not None
         return bool(row[0])
 
-    def outdated(self, release: str, since: float | None) -> list[str]:
-        """Products that have features and no vector in the release, or features that changed after the moment `since`, in the order
-        of ids. Epoch seconds of the database's clock; None if it is not known."""
+    def outdated(self, release: str) -> list[str]:
+        """Products that have features and no vector in the release, or one that was made of others, in the order of ids."""
         query = sql.SQL(
-            "SELECT product_id FROM products WHERE std IS NOT NULL AND (features_at > to_timestamp(%s::float8)"
-            " OR NOT EXISTS (SELECT FROM {} AS v WHERE v.product_id = products.product_id)) ORDER BY product_id"
+            "SELECT product_id FROM products LEFT JOIN {} AS v USING (product_id) WHERE std IS NOT NULL"
+            " AND (v.product_id IS NULL OR v.features_at IS DISTINCT FROM products.features_at) ORDER BY product_id"
         ).format(table_of(release))
         with self._pool.connection() as connection:
-            return [product_id for (product_id,) in connection.execute(query, (since,)).fetchall()]
+            return [product_id for (product_id,) in connection.execute(query).fetchall()]
 
     def drop(self, release: str) -> None:
         """Remove the release's vectors, if it has any."""
@@ -588,14 +593,15 @@ class Vectors:
 
 
 def upsert(connection: Connection[Any], release: str, rows: ItemRows) -> None:
-    """`Vectors.upsert` on a given connection, in its transaction."""
+    """`Vectors.upsert` on a given connection, in its transaction, in which the products that the rows are made of were read too."""
     statement = sql.SQL(
-        "INSERT INTO {} ({}) VALUES (%s, %b, %b, %s, %b::int4[], %b::int4[], %b::text[], %b::float4[])"
+        "INSERT INTO {} ({}) VALUES (%s, %b, %b, %s, %b::int4[], %b::int4[], %b::text[], %b::float4[],"
+        " (SELECT features_at FROM products WHERE product_id = %s))"
         " ON CONFLICT (product_id) DO UPDATE SET vector = excluded.vector, placed = excluded.placed, part = excluded.part,"
-        " std_ids = excluded.std_ids, re_ids = excluded.re_ids"
+        " std_ids = excluded.std_ids, re_ids = excluded.re_ids, features_at = excluded.features_at"
     ).format(table_of(release), _COLUMNS)
     ordered = sorted(_adapted(rows), key=lambda row: row[0])  # so that two writers cannot deadlock
-    connection.cursor().executemany(statement, ordered)
+    connection.cursor().executemany(statement, [(*row, row[0]) for row in ordered])
 
 
 def delete(connection: Connection[Any], ids: Collection[str]) -> None:

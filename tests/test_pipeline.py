@@ -26,6 +26,7 @@ from settings import UserError
 from shop_data import Requests, ShopData
 from store import Filters, Found, ItemRows, Store, UserState, vectors
 from tests.conftest import TINY_SHOP
+from tests.releases import copy_vectors
 from tests.serving import eventually
 from tests.tiny import tiny_text_encoder
 from text_encoder import TextEncoder
@@ -357,9 +358,9 @@ def test_a_put_that_ends_after_another_release_went_live_is_in_that_one_too(new_
     with new_shop() as shop, Store.open(shop) as store:
         first = Release.open(shop.models_dir)
         shutil.copytree(first.folder, shop.models_dir / "second")
-        every = store.vectors.fetch(first.name, [product.product_id for product in store.products.read_features()])
-        store.vectors.create("second", every.vectors.shape[1])
-        store.vectors.copy("second", every)
+        ids = [product.product_id for product in store.products.read_features()]
+        store.vectors.create("second", first.manifest["index"]["dimensions"])
+        copy_vectors(store, first.name, "second", ids)
         recommender = Recommender(store, shop, TextEncoder.load(shop))
         reader = extract_features.make_reader(extract_features.ReaderSettings(_env_file=None), store.cache)
         made = recommender._rows
@@ -367,12 +368,30 @@ def test_a_put_that_ends_after_another_release_went_live_is_in_that_one_too(new_
         def rows(loaded, products):
             if loaded.name == first.name:  # another worker promotes, and catches up with what is there: nothing yet
                 Release.open(shop.models_dir, "second").make_live()
-                assert store.vectors.outdated("second", None) == []
+                assert store.vectors.outdated("second") == []
             return made(loaded, products)
 
         monkeypatch.setattr(recommender, "_rows", rows)
         recommender.put_products([RawProduct(product_id="p", title="t")], reader)
         assert store.vectors.fetch("second", ["p"]).product_ids == ["p"]
+
+
+def test_what_is_put_while_an_index_is_built_is_in_it(new_shop, monkeypatch, capsys):
+    with new_shop() as shop, Store.open(shop) as store:
+        shutil.copytree(Release.open(shop.models_dir).folder, shop.models_dir / "zz-second")
+        recommender = Recommender(store, shop, TextEncoder.load(shop))
+        reader = extract_features.make_reader(extract_features.ReaderSettings(_env_file=None), store.cache)
+        copied = build_index.copy_rows
+
+        def put_and_copy(*given):
+            recommender.put_products([RawProduct(product_id="p", title="t")], reader)
+            copied(*given)
+
+        monkeypatch.setattr(build_index, "copy_rows", put_and_copy)
+        build_index.main(build_index.IndexOptions(**shop.model_dump(), margin=1.0))
+        assert Release.current(shop.models_dir) == "zz-second"
+        assert "\n1 products that came or changed meanwhile are indexed too" in capsys.readouterr().out
+        assert store.vectors.fetch("zz-second", ["p"]).product_ids == ["p"]
 
 
 def test_a_put_during_which_the_first_release_goes_live_is_in_that_one(new_shop, monkeypatch):

@@ -15,6 +15,7 @@ from psycopg.conninfo import conninfo_to_dict
 from catalog import Event, Product, RawProduct, User
 from settings import Settings
 from store import Filters, History, ItemRows, Store, UserState, vectors
+from store.products import put_features
 
 RELEASE = "20260101-120000"
 N, D = 600, 8
@@ -188,6 +189,25 @@ def test_a_new_product_is_found_at_once(indexed):
     indexed.vectors.upsert(RELEASE, ItemRows(["new"], 9 * QUERIES[:1], STD_IDS[:1], RE_IDS[:1]))
     for filters in (Filters(), Filters(std={"cluster": ["c0"]})):
         assert indexed.vectors.search(RELEASE, QUERIES[0], LIMIT, filters).product_ids[0] == "new"
+
+
+def test_a_vector_is_outdated_until_it_is_made_of_the_features_as_they_are(shop):
+    """Whoever looks at the clock alone misses what a long transaction commits late: its moment is one before others looked."""
+    assert shop.vectors.outdated(RELEASE) == IDS  # nobody knows what they were made of
+    shop.vectors.upsert(RELEASE, rows(range(N)))
+    assert shop.vectors.outdated(RELEASE) == []
+    changed = Product(product_id=IDS[3], title="t", std={"cluster": ["c5"]})
+    with shop.pool.connection() as connection, connection.transaction():
+        put_features(connection, [changed], "late")
+        read_at = shop.products.features_at()
+        shop.vectors.create("built", D)
+        shop.vectors.copy("built", replace(rows(range(1, N)), features_at=[read_at[name] for name in IDS[1:]]))
+        assert shop.vectors.outdated("built") == IDS[:1]
+    assert shop.vectors.outdated("built") == [IDS[0], IDS[3]]
+    assert shop.vectors.outdated(RELEASE) == [IDS[3]]
+    shop.products.put([RawProduct(product_id=IDS[3], title="t", price=1e6)])  # no feature
+    shop.vectors.upsert(RELEASE, rows([3]))
+    assert shop.vectors.outdated(RELEASE) == []
 
 
 def test_a_build_begins_empty_whatever_a_crashed_one_left(shop):
