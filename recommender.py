@@ -40,6 +40,7 @@ from vocab import UNKNOWN
 CANDIDATES = 100  # that retrieval hands to the reranker
 FALLBACK_ITEMS = 200  # popular items kept in memory for when the database is away
 REHEARSED = 20  # items that somebody met for whom nobody waits
+NOBODY = "nobody"  # their id; nothing is noted under it
 CONTEXT_CACHE = 10_000  # context texts whose vectors are remembered
 AWAY_SECONDS = 1.0  # for so long after a failure nobody waits for a database that is known to be away
 # Products embedded and indexed at once when catching up: whoever puts one of them waits so long.
@@ -145,10 +146,15 @@ class Recommender:
         """The popular items and the trends in memory as they are now; the same as before when the database is away."""
         with suppress(UnavailableError):
             self._warm_up(self.live())
+        self.refresh_lists()
+
+    def refresh_lists(self) -> None:
+        """The same of the trends, which take long to read."""
+        with suppress(psycopg.Error):
+            self.lists.refresh()
 
     def _warm_up(self, loaded: LoadedRelease) -> None:
-        """Answer once for nobody, and read the trends: the first real request then finds everything in place, and the fallback is
-        known."""
+        """Answer once for nobody: the first real request then finds everything in place, and the fallback is known."""
         with suppress(psycopg.Error):
             answer = self._answer(loaded, Request(k=FALLBACK_ITEMS, explain=False))
             fetched = self.store.vectors.fetch(loaded.name, [item.product_id for item in answer.items])
@@ -163,12 +169,11 @@ class Recommender:
                 [replace(found[row], score=0.0, stage="popular", reasons=reasons) for row in rows], ranked
             )
             self.store.rules.live(DEFAULT)
-            self.lists.refresh()  # last: a log that takes too long to read must not cost the fallback
 
     def rehearse(self) -> None:
         """Answer as if for somebody who met some popular items, and forget it."""
         met = [item.product_id for item in self._popular.items[:REHEARSED]]
-        self.recommend(Request(history=met, explain=False))
+        self.recommend(Request(NOBODY, history=met, explain=False))
 
     def rules(self, name: str) -> NamedRules | None:
         """The live rules of a name, or None when there are none; while the database is away those that were live last."""

@@ -7,6 +7,7 @@ answer is 503 at once, not later.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import sys
@@ -14,6 +15,9 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+
+gc.disable()  # till all is there: going through it over and over while it is imported takes a good part of the start
+# ruff: noqa: E402
 
 import torch
 from fastapi import FastAPI, Request, Response
@@ -43,6 +47,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.service = service
     service.access.notice([told_to_listen(sys.argv, os.environ)])
     service.problem = service.check()  # before the first request: whatever it waits for, nobody waits behind it
+    gc.enable()
     if service.problem:
         log.warning("not ready: %s", service.problem)
     service.access.refresh(service.store)
@@ -128,7 +133,7 @@ async def health() -> Health:
 @app.get("/ready", dependencies=[OPEN], responses={503: {"model": Health}})
 async def ready(service: ServiceDep, response: Response) -> Health:
     """Requests can be answered: database there, release loaded and warm."""
-    service.problem = await service.run(service.check)
+    service.problem = await service.run(service.check, pool=service.checks)
     warnings = [service.access.warning] if service.access.warning else []
     if service.problem:
         response.status_code = 503

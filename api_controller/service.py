@@ -34,7 +34,7 @@ from text_encoder import TextEncoder
 log = logging.getLogger("styletower")
 LEXICON = Path(__file__).parent.parent / "lexicon.json"
 THREADS = 4
-REHEARSALS = 6  # at once on THREADS connections: one prepares a statement when it is asked for the sixth time
+REHEARSALS = 2  # on each of THREADS connections, which are taken in turn: the first prepares the statements
 MAX_WAITING = 64  # requests in the pool's queue; beyond, 503 at once
 REQUEST_SECONDS = 5.0
 RETRY_SECONDS = 2.0  # between attempts to open what was missing at the start
@@ -52,6 +52,7 @@ class Service:
         self.settings = settings
         self.pool = ThreadPoolExecutor(THREADS, thread_name_prefix="pipeline")
         self.reports = ThreadPoolExecutor(1, thread_name_prefix="reports")  # shoppers do not wait behind them
+        self.checks = ThreadPoolExecutor(1, thread_name_prefix="checks")  # which may wait for the pool
         self.waiting = 0
         self.store: Store | None = None
         self.encoder: TextEncoder | None = None
@@ -93,18 +94,17 @@ class Service:
         )
 
     def open(self) -> None:
-        """Everything a request needs. Raises UserError or UnavailableError while something is missing; call again."""
+        """Everything a request needs. Raises UserError or UnavailableError while something is missing; call again, but not in the
+        pool, whose threads it waits for."""
         with self.opening:  # two callers must not start two of anything
             if not self.rehearsed:
-                # In threads of their own: those of requests may all be waiting here.
-                with ThreadPoolExecutor(THREADS) as threads:
-                    self._start(threads)
+                self._start()
             assert self.recommender is not None
             self.recommender.live()
             self.running_experiment()  # known before the first request
 
-    def _start(self, threads: ThreadPoolExecutor) -> None:
-        encoder = threads.submit(self._text_encoder)  # read while the database starts
+    def _start(self) -> None:
+        encoder = self.pool.submit(self._text_encoder)  # read while the database starts
         if self.store is None:
             self.store = Store.open(self.settings, statement_seconds=REQUEST_SECONDS)
             self.impressions = ImpressionLog(self.store, self.settings.impression_retention_days, self.registry)
@@ -112,7 +112,10 @@ class Service:
             self.reader = LexiconReader(Lexicon.load(LEXICON))
             self.recommender = pipeline.Recommender(self.store, self.settings, encoder.result())
         self.recommender.live()
-        list(threads.map(lambda _: self._rehearse(), range(THREADS * REHEARSALS)))
+        trends = self.pool.submit(self.recommender.refresh_lists)  # the database's work, for the most part
+        # In the threads of requests, of which each sets up PyTorch for itself.
+        list(self.pool.map(lambda _: self._rehearse(), range(THREADS * REHEARSALS)))
+        trends.result()
         # What is there now stays. Looking through all of it for garbage stops every thread for a third of a second.
         gc.collect()
         gc.freeze()
@@ -146,7 +149,7 @@ class Service:
             await asyncio.sleep(RETRY_SECONDS if self.recommender is None else FALLBACK_SECONDS)
             try:
                 if self.recommender is None:
-                    self.problem = await loop.run_in_executor(self.pool, self.check)
+                    self.problem = await loop.run_in_executor(self.checks, self.check)
                 else:
                     await loop.run_in_executor(self.pool, self.recommender.refresh)
             except Exception:  # nobody awaits this task: once ended, it would be missed by nobody either
@@ -183,6 +186,7 @@ class Service:
 
     def close(self) -> None:
         self.reports.shutdown(wait=False, cancel_futures=True)
+        self.checks.shutdown(wait=True, cancel_futures=True)
         self.pool.shutdown(wait=True, cancel_futures=True)
         if self.impressions is not None:
             self.impressions.close()

@@ -169,7 +169,7 @@ class Users:
     def state(self, release: str, user_id: str, limit: int) -> UserState:
         """Profile and the latest `limit` events on items that have a vector in `release`, in one round trip."""
         with self._pool.connection() as connection, connection.cursor(binary=True) as cursor:
-            rows = cursor.execute(_state_text(release), {"user_id": user_id, "limit": limit}).fetchall()
+            rows = cursor.execute(_state_text(release), {"user_id": user_id, "limit": limit}, prepare=True).fetchall()
         profile, known = rows[0][:2]
         events = [row[2:] for row in rows if row[2] is not None]
         product_ids, kinds, at, vectors, std_ids, re_ids, price = zip(*events, strict=True) if events else ((),) * 7

@@ -424,7 +424,7 @@ def test_a_search_leaves_the_connection_as_it_was(indexed):
         "together": 0.0, "variant": 0.0, "scale": 0.0,
     }  # fmt: skip
     with indexed.pool.connection() as connection:
-        vectors._query(connection, vectors._plain(RELEASE, 1, 0), values, vectors._hnsw_settings(77), None)
+        vectors._query(connection, vectors._plain(RELEASE, 1, 0), values, vectors._hnsw_settings(77), False)
         values = [connection.execute(f"SHOW {name}").fetchone()[0] for name in names]
     assert values == ["on", "on", "2", "40", "off"]
 
