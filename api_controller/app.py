@@ -16,7 +16,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-gc.disable()  # till all is there: going through it over and over while it is imported takes a good part of the start
+gc.disable()  # what is imported stays: to go through it over and over meanwhile takes a good part of the start
 # ruff: noqa: E402
 
 import torch
@@ -36,6 +36,9 @@ from api_controller.service import Service, ServiceDep
 from release import Release
 from settings import ServiceSettings
 
+gc.freeze()
+gc.enable()
+
 log = logging.getLogger("styletower")
 settings = ServiceSettings()
 
@@ -46,6 +49,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     service = Service(settings)
     app.state.service = service
     service.access.notice([told_to_listen(sys.argv, os.environ)])
+    gc.disable()  # likewise
     service.problem = service.check()  # before the first request: whatever it waits for, nobody waits behind it
     gc.enable()
     if service.problem:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,7 +22,7 @@ from catalog import User
 from release import Release
 from settings import ServiceSettings, Settings
 from store import Store
-from tests.serving import environment_of, eventually, ids, recommend, serving
+from tests.serving import ROOT, environment_of, eventually, ids, recommend, serving
 from tests.tiny import tiny_text_encoder
 
 
@@ -295,3 +297,19 @@ def test_callers_that_all_wait_for_a_server_to_open_do_not_keep_it_from_opening(
         assert [check.result(timeout=60) for check in checks] == [""] * THREADS
     finally:
         service.close()
+
+
+def test_a_server_that_is_ready_looks_for_garbage_again(shop):
+    """It does not while it starts."""
+    started = """
+import asyncio, gc
+from api_controller.app import app, lifespan
+async def start():
+    async with lifespan(app):
+        print(app.state.service.rehearsed, gc.isenabled())
+print(gc.isenabled())
+asyncio.run(start())
+"""
+    environment = {**os.environ, **environment_of(shop)}
+    ended = subprocess.run([sys.executable, "-c", started], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.stdout == "True\nTrue True\n", ended.stderr
