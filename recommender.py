@@ -146,7 +146,7 @@ class Recommender:
         """The popular items and the trends in memory as they are now; the same as before when the database is away."""
         with suppress(UnavailableError):
             self._warm_up(self.live())
-        self.refresh_lists()
+            self.refresh_lists()
 
     def refresh_lists(self) -> None:
         """The same of the trends, which take long to read."""

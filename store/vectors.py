@@ -127,9 +127,6 @@ _AMONG = sql.SQL("""
     ORDER BY place LIMIT %(limit)s
 """)
 
-# Of a statement whose best plan is the same whatever is asked: it is planned when a connection meets it first, and never again.
-_PLANNED_ONCE = {"plan_cache_mode": "force_generic_plan"}
-
 # One row a link. A variant has no strength.
 _LINKS = sql.SQL("""
     SELECT met.product_id, link.product_id, link.strength
@@ -533,7 +530,7 @@ class Vectors:
                 return _exact(connection, release, where, met, parameters, limit, new)
             if not conditions:
                 text = _plain(release, limit, new) if hides is None else _nearest(release, met, None, limit, new)
-                rows = _query(connection, text, parameters, settings | _PLANNED_ONCE, True)
+                rows = _query(connection, text, parameters, settings, True)
                 # The graph may have been left before enough were met, and what it gave need not be sold any more.
                 if rows[0][0] >= limit and all(sold for _, sold, *_ in rows):
                     return _found(rows, "hnsw")
@@ -828,9 +825,12 @@ def _query(
     prepare: bool,
 ) -> list[Any]:  # fmt: skip
     """The rows of a statement under settings of the server's, in one round trip: what a pipeline sends together is one transaction,
-    at whose end the settings lapse. Those with filters are not to be prepared: their best plan depends on the values."""
+    at whose end the settings lapse. One that is prepared is planned when a connection meets it first, and never again; those with
+    filters are not to be: their best plan depends on the values."""
     # Starting parallel workers costs more than they save on so few rows.
     given = {"max_parallel_workers_per_gather": "0", **settings}
+    if prepare:
+        given["plan_cache_mode"] = "force_generic_plan"
     with connection.pipeline(), connection.cursor(binary=True) as cursor:
         connection.execute(
             "SELECT " + ", ".join(f"set_config('{name}', '{value}', true)" for name, value in given.items())

@@ -418,15 +418,28 @@ def test_a_search_leaves_the_connection_as_it_was(indexed):
         "max_parallel_workers_per_gather",
         "hnsw.ef_search",
         "hnsw.iterative_scan",
+        "plan_cache_mode",
     )
     values = {
         "query": QUERIES[0], "placed": np.append(QUERIES[0], np.float32(0)), "exclude": [], "met_by": None, "history": [],
         "together": 0.0, "variant": 0.0, "scale": 0.0,
     }  # fmt: skip
     with indexed.pool.connection() as connection:
-        vectors._query(connection, vectors._plain(RELEASE, 1, 0), values, vectors._hnsw_settings(77), False)
+        vectors._query(connection, vectors._plain(RELEASE, 1, 0), values, vectors._hnsw_settings(77), True)
         values = [connection.execute(f"SHOW {name}").fetchone()[0] for name in names]
-    assert values == ["on", "on", "2", "40", "off"]
+    assert values == ["on", "on", "2", "40", "off", "auto"]
+
+
+def test_a_search_without_filters_is_planned_once_a_connection(indexed):
+    for query in QUERIES:
+        indexed.vectors.search(RELEASE, query, LIMIT)
+    with indexed.pool.connection() as connection:
+        plans = connection.execute(
+            "SELECT custom_plans, generic_plans FROM pg_prepared_statements WHERE statement LIKE '%near AS MATERIALIZED%'"
+        ).fetchall()
+    [(anew, once)] = plans
+    assert anew == 0
+    assert once > 1
 
 
 def test_many_searches_on_one_connection_stay_right(indexed):
