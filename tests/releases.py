@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 
 import torch
@@ -26,8 +27,10 @@ def spoil(release: Release) -> None:
     release.save_weights(USER_TOWER_HOLDOUT, tower)
 
 
-def copy_vectors(store: Store, of: str, to: str, ids: Sequence[str]) -> None:
-    """Rows of one release's table into that of another, just as they are."""
+def copy_release(store: Store, of: Release, to: str, ids: Sequence[str]) -> None:
+    """Another release beside it, just the same, but that it knows of these products only."""
+    shutil.copytree(of.folder, of.folder.parent / to)
+    store.vectors.create(to, of.manifest["index"]["dimensions"])
     copy = sql.SQL("INSERT INTO {} SELECT * FROM {} WHERE product_id = ANY(%s::text[])")
     with store.pool.connection() as connection:
-        connection.execute(copy.format(table_of(to), table_of(of)), (list(ids),))
+        connection.execute(copy.format(table_of(to), table_of(of.name)), (list(ids),))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import threading
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -37,6 +36,7 @@ from recommender import Recommender, Request
 from release import Release
 from settings import Settings
 from store import LONGEST_WAIT, Impression, Store
+from tests.releases import copy_release
 from tests.serving import DEADLINE, environment_of, eventually, serving
 from text_encoder import TextEncoder
 
@@ -280,11 +280,8 @@ def test_starts_are_versions_and_there_is_one_at_a_time(store):
 def add_second_release(shop: Settings) -> Release:
     """A copy of the live release, which is given back, that knows every other product only."""
     first = Release.open(shop.models_dir)
-    shutil.copytree(first.folder, shop.models_dir / "second")
     with Store.open(shop) as store:
-        rows = store.vectors.fetch(first.name, half(store))
-        store.vectors.create("second", rows.vectors.shape[1])
-        store.vectors.copy("second", rows)
+        copy_release(store, first, "second", half(store))
     return first
 
 
@@ -645,14 +642,11 @@ def test_new_lists_do_not_wait_until_all_old_ones_are_gone(store, monkeypatch):
 def test_a_request_is_answered_by_the_release_it_names_and_few_stay_in_memory(shop, monkeypatch):
     monkeypatch.setattr("loaded_release.MAX_RELEASES", 1)
     live = Release.current(shop.models_dir)
-    shutil.copytree(shop.models_dir / "second", shop.models_dir / "third")
     with Store.open(shop) as store:
         every = [product.product_id for product in store.products.read_features()]
         of_second = store.vectors.fetch("second", every).product_ids
         known = {"second": set(of_second), "third": set(of_second[::2])}
-        rows = store.vectors.fetch("second", of_second[::2])
-        store.vectors.create("third", rows.vectors.shape[1])
-        store.vectors.copy("third", rows)
+        copy_release(store, Release.open(shop.models_dir, "second"), "third", of_second[::2])
         recommender = Recommender(store, shop, TextEncoder.load(shop))
         for name in ("second", "third", "second"):
             answer = recommender.recommend(Request(k=20, release=name))

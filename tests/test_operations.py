@@ -24,7 +24,7 @@ from release import PARTS, Release, _promotions, delete
 from rules import RuleSet
 from settings import Settings, UserError
 from store import Store
-from tests.releases import copy_vectors, spoil
+from tests.releases import copy_release, spoil
 from tests.serving import ROOT, environment_of, eventually, serving
 from tests.tiny import tiny_text_encoder
 
@@ -273,11 +273,9 @@ def test_without_origins_no_page_of_another_site_may_call(web):
 def twin(shop: Settings, name: str, rows: int | None = None) -> Release:
     """A copy of the trained release under another name, with the first `rows` of its vectors."""
     first = trained(shop)
-    shutil.copytree(first.folder, shop.models_dir / name)
     with Store.open(shop) as store:
         ids = [product.product_id for product in store.products.read_features()]
-        store.vectors.create(name, first.manifest["index"]["dimensions"])
-        copy_vectors(store, first.name, name, ids[:rows])
+        copy_release(store, first, name, ids[:rows])
         store.releases.record(name, first.manifest)
         if words := store.releases.words(first.name):  # rows may hold their ids
             store.releases.add_words(name, list(words), first_id=min(words.values()))

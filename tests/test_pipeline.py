@@ -26,7 +26,7 @@ from settings import UserError
 from shop_data import Requests, ShopData
 from store import Filters, Found, ItemRows, Store, UserState, vectors
 from tests.conftest import TINY_SHOP
-from tests.releases import copy_vectors
+from tests.releases import copy_release
 from tests.serving import eventually
 from tests.tiny import tiny_text_encoder
 from text_encoder import TextEncoder
@@ -357,10 +357,8 @@ def blocked(store: Store) -> int:
 def test_a_put_that_ends_after_another_release_went_live_is_in_that_one_too(new_shop, monkeypatch):
     with new_shop() as shop, Store.open(shop) as store:
         first = Release.open(shop.models_dir)
-        shutil.copytree(first.folder, shop.models_dir / "second")
         ids = [product.product_id for product in store.products.read_features()]
-        store.vectors.create("second", first.manifest["index"]["dimensions"])
-        copy_vectors(store, first.name, "second", ids)
+        copy_release(store, first, "second", ids)
         recommender = Recommender(store, shop, TextEncoder.load(shop))
         reader = extract_features.make_reader(extract_features.ReaderSettings(_env_file=None), store.cache)
         made = recommender._rows

@@ -22,6 +22,7 @@ from catalog import User
 from release import Release
 from settings import ServiceSettings, Settings
 from store import Store
+from tests.releases import copy_release
 from tests.serving import ROOT, environment_of, eventually, ids, recommend, serving
 from tests.tiny import tiny_text_encoder
 
@@ -142,13 +143,10 @@ def test_a_promotion_under_load_never_mixes_releases(new_shop):
     """The second release knows every other product only: an answer in its name that holds another one is a mixture."""
     with new_shop() as shop:
         first = Release.open(shop.models_dir)
-        shutil.copytree(first.folder, shop.models_dir / "second")
         with Store.open(shop) as store:
             every = [product.product_id for product in store.products.read_features()]
             half = every[::2]
-            rows = store.vectors.fetch(first.name, half)
-            store.vectors.create("second", rows.vectors.shape[1])
-            store.vectors.copy("second", rows)
+            copy_release(store, first, "second", half)
         with serving(environment_of(shop)) as (_, client):
             answers: list[dict] = []
             stop = threading.Event()
