@@ -24,6 +24,7 @@ RESULTS = Path("docs/results.json")
 STEPS = Path("docs/steps.json")  # written by run_split.py
 ABLATION, FULL, NO_TRANSFER = "ablation: ", "full model", "no transfer"
 ORACLE = "oracle, taught by the test days"  # see ceiling.py
+SINGLE_RUN = "Of a model that was run once, the interval knows other shoppers, not what another seed would make of it."
 
 
 @dataclass(frozen=True)
@@ -266,6 +267,7 @@ def _ablations_section(split: str, rows: list[dict[str, Any]]) -> list[str]:
         "",
         "Without the idea less the full model, of the same seeds and on the same shoppers, with 95 % of bootstrap resamples over",
         "both; what it says of the idea, each figure by itself: it **helps** where the model is worse without it.",
+        *([SINGLE_RUN] if any(len(found) == 1 for found in values.values()) else []),
         "",
         f"| without, or in its place | {head} |",
         "|---|" + "---|" * len(columns),

@@ -182,6 +182,13 @@ def test_ablations_have_their_own_tables_by_hand_and_no_place_in_the_others(docs
         "| no title |  | **helps** -0.0400 [-0.0600, -0.0200] |",
     ]
     assert "![What the model loses without each idea](charts/sample-week-ablation.svg)" in page(docs)
+    assert "not what another seed would make of it" in page(docs)
+
+
+def test_the_page_warns_of_single_runs_only_where_there_are_some(docs):
+    save([ablation(name, seed, value) for name, value in ((FULL, 0.1), ("no title", 0.2)) for seed in (0, 1)])
+    save([against("no title", 0.1, 0, 0.2)])
+    assert "not what another seed" not in page(docs)
 
 
 def test_a_variants_difference_and_runs_replace_their_own(docs):
