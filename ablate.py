@@ -93,8 +93,6 @@ def _run(
             continue
         command = [*step, *(change if step[0] == changed else []), "--seed", str(seed)]
         if step[0] == "evaluate.py":
-            # Without what is of no variant: the plain lines, and the oracle, which takes longer than a training.
-            command = [part for part in command if part != "--ceiling"]
             command += ["--no-baselines", "--per-shopper", str(_judged(home, step[1], name, seed))]
         elif step[0] != "build_index.py" and is_done(step, models):
             continue  # an index is made again: all variants' have one name in the database

@@ -65,7 +65,7 @@ def run(tmp_path, monkeypatch, capfd, exit_code):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rentals").mkdir()
     steps = [["import_data.py", "{folder}"], *([step] for step in STEPS[1:])]
-    steps += [["evaluate.py", split, "{folder}", "--ceiling"] for split in ("rtr-warm", "rtr-cold")]
+    steps += [["evaluate.py", split, "{folder}"] for split in ("rtr-warm", "rtr-cold")]
     monkeypatch.setitem(run_split.PIPELINES, "rtr", steps)
     for name in STEPS:
         (tmp_path / name).write_text(STEP)
