@@ -93,7 +93,7 @@ def _run(
             continue
         command = [*step, *(change if step[0] == changed else []), "--seed", str(seed)]
         if step[0] == "evaluate.py":
-            command += ["--no-baselines", "--per-shopper", str(_judged(home, step[1], name, seed))]
+            command += ["--per-shopper", str(_judged(home, step[1], name, seed))]
         elif step[0] != "build_index.py" and is_done(step, models):
             continue  # an index is made again: all variants' have one name in the database
         run_step(command, folder, home, own)

@@ -74,7 +74,7 @@ def run(tmp_path, monkeypatch, capfd, exit_code):
     def call(*arguments):
         (tmp_path / "log").write_text("")
         code = exit_code(AblateOptions, main, "ablate.py", "rtr", "rentals", "--data-dir", "data", *arguments)
-        ran = [line.partition(" --no-baselines")[0] for line in (tmp_path / "log").read_text().splitlines()]
+        ran = [line.partition(" --per-shopper")[0] for line in (tmp_path / "log").read_text().splitlines()]
         return code, capfd.readouterr().err, ran
 
     return call
