@@ -23,13 +23,13 @@ from torch.nn import functional as F
 
 import train_simcse
 from catalog import FeatureSchema, Product, RawProduct
-from release import Release
+from release import RERANKER, USER_TOWER, Release
 from settings import UserError
+from tests.serving import ROOT, environment_of
 from tests.tiny import tiny_text_encoder
 from train_simcse import SimcseOptions, gather_views, nt_xent
 from training import FitReport, TrainOptions, check_checkpoint, fit, shuffled_batches
 
-ROOT = Path(__file__).parents[1]
 EXAMPLES = np.arange(12)
 INPUTS = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
 ANSWERS = INPUTS.sum(1, keepdim=True)
@@ -275,6 +275,15 @@ def two_processes(folder: Path, database_url: str) -> None:
         )  # fmt: skip
 
 
+def torchrun(*script: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What `ACCELERATE_USE_CPU=true torchrun --standalone --nproc-per-node 2 SCRIPT` does, as the README says. (`accelerate launch
+    --cpu` starts one process only, unless there is an MPI.)"""
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *script],
+        cwd=ROOT, env={**os.environ, "ACCELERATE_USE_CPU": "true", **environment}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
 def test_two_processes_learn_what_one_does(store, tmp_path):
     """In-batch negatives come from both processes' items, the gradient is that of the whole batch, the release is one."""
     store.put_schema(FeatureSchema(std={"colour": ["red", "blue"]}, re=["fit"]))
@@ -282,13 +291,7 @@ def test_two_processes_learn_what_one_does(store, tmp_path):
     store.products.put(products)
     store.products.put_features([Product(product_id=p.product_id, title=p.title) for p in products], "test")
     tiny_text_encoder(tmp_path / "text")
-    # As `ACCELERATE_USE_CPU=true torchrun --standalone --nproc-per-node 2 train_simcse.py` does; `accelerate launch --cpu`
-    # starts one process only, unless there is an MPI.
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--module", "tests.test_training"]
-    done = subprocess.run(
-        [sys.executable, "-m", *torchrun, tmp_path, store.url],
-        cwd=ROOT, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = torchrun("--module", "tests.test_training", tmp_path, store.url)
     assert done.returncode == 0, done.stderr
     one = contrastive_step(tmp_path / "one")
     for rank in range(2):
@@ -300,6 +303,22 @@ def test_two_processes_learn_what_one_does(store, tmp_path):
     assert Release.names(tmp_path / "models") == ["by-0"]
     Release.open(tmp_path / "models").item_tower()  # its weights are those of its manifest
     assert done.stdout.count("encoder_stage1.pth") == 1
+
+
+def test_two_processes_train_the_later_stages_and_one_of_them_writes(new_shop):
+    with new_shop() as shop:
+        before = Release.open(shop.models_dir)
+        towers, rerankers = [before.user_tower()], [before.reranker()]
+        for script, weights in (("train_user.py", USER_TOWER), ("train_reranker.py", RERANKER)):
+            done = torchrun(script, "--epochs", "2", "--learning-rate", "0.01", **environment_of(shop))
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.count(f"release {before.name}: {weights}, ") == 1
+        after = Release.open(shop.models_dir)
+        assert Release.names(shop.models_dir) == [before.name]
+        towers.append(after.user_tower())
+        rerankers.append(after.reranker())
+    for old, new in (towers, rerankers):
+        assert any(not torch.equal(old.state_dict()[name], weight) for name, weight in new.state_dict().items())
 
 
 if __name__ == "__main__":
