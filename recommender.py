@@ -137,6 +137,11 @@ class Recommender:
         self.lists = list_kinds.ListKinds(store, settings)
         self._context = lru_cache(CONTEXT_CACHE)(lambda text: text_encoder.pooled([text])[0])
 
+    def contexts_asked(self) -> tuple[int, int]:
+        """Of how many texts of contexts the vector was still known, and of how many it was not."""
+        asked = self._context.cache_info()
+        return asked.hits, asked.misses
+
     # ---------------------------------------------------------------------------------------------------------- releases
     def live(self) -> LoadedRelease:
         """The live release. Raises UnavailableError when nothing is live."""

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import psycopg
 from fastapi import Depends, Header, HTTPException, Request, Security
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Counter
 
 import shopper_token
 from keys import digest_of, id_of
@@ -68,9 +68,6 @@ class Access:
         self._shopper_secret = shopper_secret
         self.buckets = Buckets(rate, burst) if rate > 0 else None
         self.refused = Counter("styletower_refused", "Requests not let in", ["reason"], registry=registry)
-        self.unlocked = Gauge(
-            "styletower_open_to_others", "1 when other machines reach it and no key was ever made", registry=registry
-        )
         self._keys: dict[str, ApiKey] | None = None  # in force, by id; None until they could be read
         self._locked = True
         self._reached_at = ""  # an address by which other machines can come
@@ -155,7 +152,6 @@ class Access:
         )
 
     def _warn(self) -> None:
-        self.unlocked.set(bool(self.warning))
         if self.warning and not self._warned:
             log.warning("%s", self.warning)
             self._warned = True

@@ -24,13 +24,14 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api_controller import experiments, goods, impressions, lists, releases, rules, shoppers
 from api_controller.access import ADMIN, OPEN, told_to_listen
 from api_controller.limits import BodyLimit
+from api_controller.metrics import exposition, make_folder
 from api_controller.schemas import Health
 from api_controller.service import Service, ServiceDep
 from release import Release
@@ -46,6 +47,7 @@ settings = ServiceSettings()
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     torch.set_num_threads(1)  # two threads beside another busy process make a 1.5 ms forward take 10 to 48
+    make_folder()
     service = Service(settings)
     app.state.service = service
     service.access.notice([told_to_listen(sys.argv, os.environ)])
@@ -147,12 +149,9 @@ async def ready(service: ServiceDep, response: Response) -> Health:
 
 @app.get("/metrics", dependencies=[ADMIN])
 async def metrics(service: ServiceDep) -> Response:
-    """Prometheus."""
-    service.live.clear()
-    name = Release.current(service.settings.models_dir)
-    if name:
-        service.live.labels(name).set(1)
-    return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
+    """Prometheus: of this worker, or of all if they were given a folder to count in (docs/deploy.md)."""
+    said = exposition(service.registry, service.settings.models_dir, bool(service.access.warning))
+    return Response(said, media_type=CONTENT_TYPE_LATEST)
 
 
 for routes in (lists, goods, shoppers, rules, impressions, experiments, releases):

@@ -72,6 +72,8 @@ async def recommend(
     list_id, arm = log_list(service, shopper, assignment, body, answer)
     for stage, milliseconds in answer.milliseconds.items():
         service.seconds.labels(stage).observe(milliseconds / 1000)
+    if body.context:
+        service.count_contexts(recommender)
     if answer.degraded:
         service.degraded.inc()
     _count_rules(service, answer.rules)

@@ -16,7 +16,7 @@ from typing import Annotated, TypeVar
 
 import psycopg
 from fastapi import Depends, HTTPException, Request
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram
 
 import recommender as pipeline
 from api_controller.access import KEY_SECONDS, Access
@@ -59,6 +59,7 @@ class Service:
         self.recommender: pipeline.Recommender | None = None
         self.reader: LexiconReader | None = None
         self.impressions: ImpressionLog | None = None
+        self._contexts_asked = (0, 0)
         self._experiment: tuple[float, Experiment | None] = (0.0, None)  # good until, of time.monotonic()
         self.rehearsed = False
         self.problem = "starting"
@@ -87,7 +88,10 @@ class Service:
             "styletower_missed_exposures", "Lists of an arm's shoppers that its release did not answer",
             ["experiment", "arm"], registry=self.registry,
         )  # fmt: skip
-        self.live = Gauge("styletower_live_release", "1 for the live release", ["release"], registry=self.registry)
+        self.contexts = Counter(
+            "styletower_context_texts", f"Texts of contexts; cached are those of which a worker still knew the vector, of "
+            f"{pipeline.CONTEXT_CACHE} at most", ["outcome"], registry=self.registry,
+        )  # fmt: skip
         self.promotions = Counter("styletower_promotions", "Releases made live over HTTP", registry=self.registry)
         self.access = Access(
             self.registry, settings.rate_limit, settings.rate_burst, settings.shopper_secret.get_secret_value()
@@ -154,6 +158,13 @@ class Service:
                     await loop.run_in_executor(self.pool, self.recommender.refresh)
             except Exception:  # nobody awaits this task: once ended, it would be missed by nobody either
                 log.exception("what is kept in memory is as it was; tried again soon")
+
+    def count_contexts(self, recommender: pipeline.Recommender) -> None:
+        """Add what was asked since the last time. Call it in the event loop: two at once would add it twice."""
+        asked = recommender.contexts_asked()
+        for outcome, now, before in zip(("cached", "new"), asked, self._contexts_asked, strict=True):
+            self.contexts.labels(outcome).inc(now - before)
+        self._contexts_asked = asked
 
     def count_effects(self, effects: Sequence[Effect]) -> None:
         for effect in effects:

@@ -3,10 +3,12 @@
 For each size a shop is made (big_shop.py), the real server started on it and asked by another process: for a known shopper of 20
 events, 20 items, with no context. One request at a time gives the latency, eight at a time the throughput, requests at half of that
 rate at moments of their own, whatever the server does, the tail (an open loop: waiting counts). Then the same requests are put to
-the plain way (plain.py). In the same run the floors: an HTTP server that answers as much without work, the bare SQL of one shopper
-and of 100 candidates, the bare forward passes. Their sum is what an answer costs at least; the ratio to it is what this program
-adds. Each floor is measured over and over, by itself; what the same parts cost in turn, when each has pushed the others out of the
-processor's caches, stands beside it.
+the plain way (plain.py), and both are asked once more with as many workers as there are processors.
+
+In the same run the floors: an HTTP server that answers as much without work, the bare SQL of one shopper and of 100 candidates, the
+bare forward passes. Their sum is what an answer costs at least; the ratio to it is what this program adds. Each floor is measured
+over and over, by itself; what the same parts cost in turn, when each has pushed the others out of the processor's caches, stands
+beside it.
 
 Everything shares the machine: server, PostgreSQL and whoever asks. Rows go to docs/performance.json.
 """
@@ -35,6 +37,7 @@ import torch
 from fastapi import FastAPI
 from pydantic import Field
 
+from api_controller.metrics import TOGETHER
 from api_controller.schemas import ItemBody, ReasonBody, RecommendAnswer, RecommendBody
 from benchmarks import big_shop
 from benchmarks.big_shop import DEAREST, RELEASE, SHOPPERS, base_shop, open_shop
@@ -353,6 +356,19 @@ def measure(
         note("p50, the plain way, ms", float(np.median(alone)), p50)
         note("throughput, the plain way, answers a second", plain)
         note("throughput, answers a second", most, plain)
+
+        # A processor for each: the plain way's threads would only wait for each other.
+        workers, environment["OMP_NUM_THREADS"] = ("--workers", str(os.cpu_count())), "1"
+        environment[TOGETHER] = str(settings.data_dir / "counted")  # as several workers are deployed
+        with serving("api_controller.app:app", environment, *workers) as (server, address, _):
+            asker.submit(at_once, address, load, options.seconds / 2).result()  # until all are ready
+            many = asker.submit(at_once, address, load, options.seconds).result()
+            note("throughput of a worker a processor, answers a second", many, plain)
+            note("memory of a worker a processor, MB", _memory([server, *server.children(recursive=True)]))
+        with serving("benchmarks.plain:app", environment, "--factory", *workers) as (_, address, _):
+            asker.submit(at_once, address, load, options.seconds / 2).result()
+            many = asker.submit(at_once, address, load, options.seconds).result()
+            note("throughput of a worker a processor, the plain way, answers a second", many, plain)
     return figures
 
 

@@ -18,6 +18,7 @@ import httpx
 from settings import Settings
 
 ROOT = Path(__file__).parent.parent
+FRESH = {"Connection": "close"}  # headers; with a connection for each request the workers take turns
 DEADLINE = 90.0  # seconds; a cold start makes the text encoder and the database
 
 
@@ -54,6 +55,12 @@ def recommend(client: httpx.Client, **body: Any) -> dict[str, Any]:
 
 def ids(answer: dict[str, Any]) -> list[str]:
     return [item["product_id"] for item in answer["items"]]
+
+
+def metric(said: str, name: str) -> float:
+    """The sum of a metric's lines in what /metrics said."""
+    lines = [line for line in said.splitlines() if line.startswith(name)]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
 
 def eventually(condition: Callable[[], bool]) -> None:

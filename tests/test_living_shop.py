@@ -14,10 +14,9 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
 from store import Store
-from tests.serving import environment_of, eventually, ids, recommend, serving
+from tests.serving import FRESH, environment_of, eventually, ids, recommend, serving
 
 T0 = datetime(2026, 6, 29, 10, tzinfo=UTC)
-FRESH = {"Connection": "close"}  # a connection for each request: the workers take turns
 
 
 @pytest.fixture(scope="module")

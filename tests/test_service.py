@@ -11,6 +11,7 @@ import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import httpx
 import psycopg
 import pytest
 from psycopg import sql
@@ -23,7 +24,7 @@ from release import Release
 from settings import ServiceSettings, Settings
 from store import Store
 from tests.releases import copy_release
-from tests.serving import ROOT, environment_of, eventually, ids, recommend, serving
+from tests.serving import FRESH, ROOT, environment_of, eventually, ids, metric, recommend, serving
 from tests.tiny import tiny_text_encoder
 
 
@@ -242,18 +243,54 @@ def test_two_workers_agree_on_new_words_and_one_that_is_killed_is_replaced(new_s
             "attributes": {"category": ["dress"], "style": ["zigzagcore"]},
         }
         assert client.put("/products", json=product).status_code == 200
-        # A connection for each request: the workers take turns.
-        fresh = {"Connection": "close"}
         answers = [
-            client.post("/recommend", json={"history": ["put-3"], "k": 50}, headers=fresh).json() for _ in range(20)
+            client.post("/recommend", json={"history": ["put-3"], "k": 50}, headers=FRESH).json() for _ in range(20)
         ]
         assert len({tuple(ids(answer)) for answer in answers}) == 1
         assert not any(answer["warnings"] for answer in answers)
 
-        workers = children(process.pid)
-        os.kill(workers[-1], signal.SIGKILL)
-        eventually(lambda: workers[-1] not in children(process.pid) and len(children(process.pid)) == len(workers))
-        eventually(lambda: all(client.get("/ready", headers=fresh).is_success for _ in range(10)))
+        kill_a_worker(process, client)
+
+
+def test_workers_that_share_a_folder_count_together_and_a_killed_one_is_not_forgotten(shop, tmp_path):
+    environment = {**environment_of(shop), "PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "counted")}
+    with serving(environment, "--workers", "2") as (process, client):
+        eventually(lambda: client.get("/ready").is_success)
+
+        def counted() -> set[tuple[float, float]]:
+            """What is said, over and over, of questions for the root and of live releases."""
+            said = [client.get("/metrics", headers=FRESH).text for _ in range(10)]
+            root = 'styletower_requests_total{route="/",status="200"}'
+            return {(metric(text, root), metric(text, "styletower_live_release")) for text in said}
+
+        def ask() -> None:
+            for _ in range(10):
+                assert client.get("/", headers=FRESH).is_success
+
+        ask()
+        eventually(lambda: counted() == {(10.0, 1.0)})  # a request is counted when its answer is on its way
+        kill_a_worker(process, client)
+        ask()
+        eventually(lambda: counted() == {(20.0, 1.0)})
+
+
+def test_a_context_that_was_read_before_is_counted_as_known(client):
+    def counted() -> list[float]:
+        said = client.get("/metrics").text
+        return [metric(said, f'styletower_context_texts_total{{outcome="{outcome}"}}') for outcome in ("new", "cached")]
+
+    new, cached = counted()
+    for context in ("a dinner by the sea", "a dinner by the sea", "a walk in the rain", "a dinner by the sea"):
+        recommend(client, context=context)
+    assert counted() == [new + 2, cached + 2]
+
+
+def kill_a_worker(process: subprocess.Popen[bytes], client: httpx.Client) -> None:
+    """And wait until another one has taken its place."""
+    workers = children(process.pid)
+    os.kill(workers[-1], signal.SIGKILL)
+    eventually(lambda: workers[-1] not in children(process.pid) and len(children(process.pid)) == len(workers))
+    eventually(lambda: all(client.get("/ready", headers=FRESH).is_success for _ in range(10)))
 
 
 def children(pid: int) -> list[int]:

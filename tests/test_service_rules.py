@@ -16,7 +16,7 @@ from psycopg.conninfo import conninfo_to_dict
 import score_users
 from settings import UserError
 from store import Store
-from tests.serving import environment_of, eventually, ids, recommend, serving
+from tests.serving import FRESH, environment_of, eventually, ids, recommend, serving
 
 
 @pytest.fixture(scope="module")
@@ -345,17 +345,16 @@ def test_rules_that_this_program_cannot_read_are_skipped_and_everybody_is_told(n
 def test_every_worker_goes_by_a_new_version(new_shop):
     with new_shop() as shop, serving(environment_of(shop), "--workers", "2") as (_, client):
         eventually(lambda: client.get("/ready").is_success)
-        fresh = {"Connection": "close"}  # a connection for each request: the workers take turns
 
         def versions() -> set[int]:
-            answers = [client.post("/recommend", json={"k": 3}, headers=fresh).json() for _ in range(12)]
+            answers = [client.post("/recommend", json={"k": 3}, headers=FRESH).json() for _ in range(12)]
             return {(answer["rules"] or {"version": 0})["version"] for answer in answers}
 
         assert versions() == {0}
         for number, rules in ((1, FIRST), (2, SECOND)):
-            assert client.put("/rules", json={"rules": rules}, headers=fresh).json()["version"] == number
+            assert client.put("/rules", json={"rules": rules}, headers=FRESH).json()["version"] == number
             eventually(lambda number=number: versions() == {number})
-        client.post("/rules/1/live", json={}, headers=fresh)
+        client.post("/rules/1/live", json={}, headers=FRESH)
         eventually(lambda: versions() == {1})
 
 
