@@ -238,8 +238,8 @@ def peer_lists(
     """What a library recommends to `user_ids`, `count` products each; None when one of them has no history.
 
     The script runs in the environment of `python`, and is told and answers by files (benchmarks/peers/tuning.py). To tune one can
-    take an hour, so its answer stays in the folder `answers`: as long as neither the question nor a file beside the script
-    changes, it is not asked again. Raises UserError when it fails.
+    take hours, so its answer stays in the folder `answers`, and until then what came of its trials: as long as neither the question
+    nor a file beside the script changes, it is not asked again. Raises UserError when it fails.
     """
     histories = split.histories
     number_of = {user_id: number for number, user_id in enumerate(histories.user_ids)}
@@ -260,7 +260,7 @@ def peer_lists(
     answer = answers / f"{'-'.join([Path(path).stem, *map(str, arguments)])}-{_digest(asked, Path(path).parent)}.npz"
     if not answer.exists():
         with tempfile.TemporaryDirectory(dir=answers) as name:
-            question, written = Path(name) / "question.npz", Path(name) / "answer.npz"
+            question, written = Path(name) / "question.npz", answer.with_suffix(".unfinished.npz")
             np.savez(question, **asked)
             command = [python, path, question, written, *arguments]
             try:

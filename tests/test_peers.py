@@ -74,9 +74,12 @@ class Scripted:
             yield lambda hits=hits: np.array(LISTS[hits])
 
 
-def test_the_best_setting_and_stage_are_chosen_and_a_trial_ends_when_it_gets_no_better(capsys):
+def test_the_best_setting_and_stage_are_chosen_and_a_trial_ends_when_it_gets_no_better(tmp_path, capsys):
     library = Scripted({"a": [1, 2, 2, 3], "b": [0, 1, 3, 2], "c": [3]})
-    assert choose(question(EVENTS, count=2), ["a", "b", "c"], library) == ("b", 2)  # c is no better: the first stays
+    assert choose(question(EVENTS, count=2), ["a", "b", "c"], library, tmp_path / "tried") == (
+        "b",
+        2,
+    )  # c is no better: the first stays
     assert [(setting, stage) for setting, stage, _ in library.fitted] == [
         ("a", 0), ("a", 1), ("a", 2),  # and not the third, which would have been the best
         ("b", 0), ("b", 1), ("b", 2), ("b", 3), ("c", 0),
@@ -85,15 +88,35 @@ def test_the_best_setting_and_stage_are_chosen_and_a_trial_ends_when_it_gets_no_
     assert capsys.readouterr().out.endswith("chosen of 3 trials on 2 shoppers: b, stage 2\n")
 
 
-def test_without_anyone_to_hold_out_the_first_setting_is_taken():
+def test_without_anyone_to_hold_out_the_first_setting_is_taken(tmp_path):
     library = Scripted({"a": [0], "b": [3]})
-    assert choose(question(EVENTS[5:8]), ["a", "b"], library) == ("a", 0)
+    assert choose(question(EVENTS[5:8]), ["a", "b"], library, tmp_path / "tried") == ("a", 0)
     assert library.fitted == []
 
 
-def test_no_library_gets_more_trials_than_another():
+def test_who_is_stopped_in_a_trial_does_not_repeat_the_ones_before(tmp_path):
+    class Stopped(Scripted):
+        def __call__(self, asked: Question, setting: str) -> Iterator:
+            for stage, lists in enumerate(super().__call__(asked, setting)):
+                if (setting, stage) == ("b", 1):
+                    raise KeyboardInterrupt
+                yield lists
+
+    hits = {"a": [1, 2, 2], "b": [1, 3, 3], "c": [0, 0]}
+    with pytest.raises(KeyboardInterrupt):
+        choose(question(EVENTS, count=2), ["a", "b", "c"], Stopped(hits), tmp_path / "tried")
+    library = Scripted(hits)
+    assert choose(question(EVENTS, count=2), ["a", "b", "c"], library, tmp_path / "tried") == ("b", 1)
+    assert [(setting, stage) for setting, stage, _ in library.fitted] == [
+        ("b", 0), ("b", 1), ("b", 2), ("c", 0), ("c", 1),
+    ]  # fmt: skip
+    hits["b"] = [0]  # of a trial that is known nobody asks again, nor of what was chosen
+    assert choose(question(EVENTS, count=2), ["a", "b", "c"], library, tmp_path / "tried") == ("b", 1)
+
+
+def test_no_library_gets_more_trials_than_another(tmp_path):
     with pytest.raises(ValueError, match="7 settings"):
-        choose(question(EVENTS), ["a"] * (MOST_TRIALS + 1), Scripted({}))
+        choose(question(EVENTS), ["a"] * (MOST_TRIALS + 1), Scripted({}), tmp_path / "tried")
 
 
 def test_the_answer_is_of_a_fit_on_everything_up_to_the_chosen_stage(tmp_path, monkeypatch):
@@ -106,6 +129,7 @@ def test_the_answer_is_of_a_fit_on_everything_up_to_the_chosen_stage(tmp_path, m
     found = np.load(tmp_path / "answer.npz")
     assert (found["lists"].tolist(), found["trials"]) == ([[3, 4], [0, 0]], 2)
     assert library.fitted[-2:] == [("b", 0, len(EVENTS)), ("b", 1, len(EVENTS))]
+    assert {path.name for path in tmp_path.iterdir()} == {"question.npz", "answer.npz"}
 
 
 @pytest.mark.skipif(

@@ -3,7 +3,8 @@
     python PEER.py QUESTION.npz ANSWER.npz [ARGUMENT]     # evaluate.py --peers calls it so
 
 QUESTION holds the fields of `Question`. ANSWER: `lists` int64 [J, count], items that the shopper had not met, best first, -1 where
-there are no more; `trials`, the number of settings tried.
+there are no more; `trials`, the number of settings tried. A trial can take an hour: what came of each stands beside the ANSWER
+(`.trials.json`) until that is written, and who is stopped and asked again does not try it again.
 
 A peer names at most `MOST_TRIALS` settings. What shoppers took last in training is held out (`held_out`), each setting is fitted on
 the rest, and the one with the best recall there is fitted again on everything. The test is never seen.
@@ -11,9 +12,11 @@ the rest, and the one with the best recall there is fitted again on everything. 
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -78,32 +81,46 @@ def recall(lists: np.ndarray, targets: Sequence[np.ndarray]) -> float:
 
 def answer(trials: Sequence[Setting], fit: Callable[[Question, Setting], Stages]) -> None:
     """Choose a setting and its stage, fit it on everything, and write the answer that the command line asks for."""
-    question = Question.read(sys.argv[1])
-    setting, stage = choose(question, trials, fit)
+    question, tried = Question.read(sys.argv[1]), Path(sys.argv[2]).with_suffix(".trials.json")
+    setting, stage = choose(question, trials, fit, tried)
     stages = fit(question, setting)
     for _ in range(stage):
         next(stages)
     np.savez(sys.argv[2], lists=next(stages)().astype(np.int64), trials=len(trials))
+    tried.unlink(missing_ok=True)
 
 
 def choose(
-    question: Question, trials: Sequence[Setting], fit: Callable[[Question, Setting], Stages]
+    question: Question, trials: Sequence[Setting], fit: Callable[[Question, Setting], Stages], tried: Path
 ) -> tuple[Setting, int]:
     """The setting and stage (from 0) with the best recall of what is held out. A trial ends at its first stage that is no better
-    than the one before."""
+    than the one before. Those that the file `tried` has are not repeated, and it gets the others."""
     if not 0 < len(trials) <= MOST_TRIALS:
         raise ValueError(f"{len(trials)} settings; every peer gets 1 to {MOST_TRIALS}")
     rest, targets = held_out(question)
+    recalls: dict[str, list[float]] = json.loads(tried.read_text()) if tried.exists() else {}
     best, chosen = -1.0, (trials[0], 0)
     for setting in trials if targets else ():
-        before = -1.0
-        for stage, lists in enumerate(fit(rest, setting)):
-            found = recall(lists(), targets)
-            print(f"{setting}, stage {stage}: recall@{question.count} {found:.4f}", flush=True)
+        if str(setting) not in recalls:
+            recalls[str(setting)] = _trial(rest, setting, fit, targets)
+            unfinished = tried.with_suffix(".tmp")
+            unfinished.write_text(json.dumps(recalls))
+            unfinished.replace(tried)  # whole, or as it was
+        for stage, found in enumerate(recalls[str(setting)]):
             if found > best:
                 best, chosen = found, (setting, stage)
-            if found <= before:
-                break
-            before = found
     print(f"chosen of {len(trials)} trials on {len(targets)} shoppers: {chosen[0]}, stage {chosen[1]}", flush=True)
     return chosen
+
+
+def _trial(
+    rest: Question, setting: Setting, fit: Callable[[Question, Setting], Stages], targets: Sequence[np.ndarray]
+) -> list[float]:
+    """Recall after each stage."""
+    found: list[float] = []
+    for stage, lists in enumerate(fit(rest, setting)):
+        found.append(recall(lists(), targets))
+        print(f"{setting}, stage {stage}: recall@{rest.count} {found[-1]:.4f}", flush=True)
+        if stage and found[-1] <= found[-2]:
+            break
+    return found
