@@ -40,6 +40,12 @@ _HOLDING = """
         ARRAY(SELECT raw FROM holding ORDER BY digest)
 """
 
+# The rows that hold one of `forms` anywhere, of those that a snapshot taken at `mark` may not have seen.
+_HOLDING_SINCE = """
+    SELECT digest, raw FROM quarantine
+    WHERE written_by >= %(mark)s::xid8 AND EXISTS (SELECT FROM unnest(%(forms)s::text[]) AS form WHERE strpos(raw, form) > 0)
+"""
+
 
 @dataclass(frozen=True)
 class QuarantinedRow:
@@ -120,10 +126,18 @@ def insert(connection: Connection[Any], source: str, rejected: Iterable[Rejected
         )
 
 
+def mark(connection: Connection[Any]) -> str:
+    """Of this moment, for `rows_since`."""
+    row = connection.execute("SELECT pg_snapshot_xmin(pg_current_snapshot())::text").fetchone()
+    assert row is not None
+    return str(row[0])
+
+
 def rows_of(connection: Connection[Any], ids: Collection[str]) -> Iterator[str]:
     """The digests of the rows that tell of a shopper known by any of `ids`. In a row of JSON a field that names a shopper says so,
-    in any other the id as a word of its own: better a row too many than a trace. Reads all rows, SCAN_ROWS at a time."""
-    forms = {form for name in ids for form in (name, *(json.dumps(name, ensure_ascii=a)[1:-1] for a in (True, False)))}
+    in any other the id as a word of its own: better a row too many than a trace. Reads all rows, SCAN_ROWS at a time: rows that
+    come meanwhile it may not see."""
+    forms = _forms(ids)
     after: str | None = ""
     while after is not None:
         row = connection.execute(_HOLDING, {"after": after, "rows": SCAN_ROWS, "forms": sorted(forms)}).fetchone()
@@ -134,9 +148,22 @@ def rows_of(connection: Connection[Any], ids: Collection[str]) -> Iterator[str]:
                 yield digest
 
 
+def rows_since(connection: Connection[Any], ids: Collection[str], mark: str) -> Iterator[str]:
+    """The same of the rows that came after the `mark`, and perhaps of some from before."""
+    forms = _forms(ids)
+    for digest, raw in connection.execute(_HOLDING_SINCE, {"mark": mark, "forms": sorted(forms)}).fetchall():
+        if _tells_of(raw, ids, forms):
+            yield digest
+
+
 def remove(connection: Connection[Any], digests: Collection[str]) -> int:
     """Remove rows, in the connection's transaction: how many were there."""
     return connection.execute("DELETE FROM quarantine WHERE digest = ANY(%s)", (sorted(digests),)).rowcount
+
+
+def _forms(ids: Collection[str]) -> set[str]:
+    """How an id may be spelt in a row."""
+    return {form for name in ids for form in (name, *(json.dumps(name, ensure_ascii=a)[1:-1] for a in (True, False)))}
 
 
 def _tells_of(raw: str, ids: Collection[str], spellings: Collection[str]) -> bool:

@@ -147,10 +147,11 @@ class Users:
         quarantined: set[str] = set()
         with self._pool.connection() as connection:
             names = _names(connection, key)
+            mark = quarantine.mark(connection)
             while True:
                 # Looking through the quarantine takes long where much was imported: nobody is held meanwhile.
                 new = names - looked_for
-                quarantined.update(quarantine.rows_of(connection, new | {name.removeprefix(SESSION) for name in new}))
+                quarantined.update(quarantine.rows_of(connection, _spelt(new)))
                 looked_for |= new
                 with connection.transaction():
                     lock_shoppers(connection, None)
@@ -159,6 +160,7 @@ class Users:
                         raise SessionTakenError(owner)
                     names = _names(connection, key)
                     if names <= looked_for:  # else a session was merged meanwhile
+                        quarantined.update(quarantine.rows_since(connection, _spelt(looked_for), mark))
                         return _remove(connection, looked_for, quarantined)
 
     def read_profiles(self) -> dict[str, dict[str, float]]:
@@ -195,6 +197,11 @@ def _names(connection: Connection[Any], key: str) -> set[str]:
     """Under what a shopper stands in tables: their id, and the names of the sessions that were merged into them."""
     rows = connection.execute("SELECT session_id FROM merged_sessions WHERE user_id = %s", (key,)).fetchall()
     return {key, *(session for (session,) in rows)}
+
+
+def _spelt(names: set[str]) -> set[str]:
+    """Sessions also as pages call them."""
+    return names | {name.removeprefix(SESSION) for name in names}
 
 
 def _remove(connection: Connection[Any], names: set[str], quarantined: set[str]) -> dict[str, int]:

@@ -288,6 +288,28 @@ def test_what_was_wrong_with_an_id_in_quarantine_does_not_hide_it(shop, settings
     assert traces(settings.database_url, "gone-7") == ["quarantine"]  # of gone-70
 
 
+def test_a_row_that_is_quarantined_while_the_others_are_looked_through_goes_too(shop, settings, monkeypatch):
+    def row(line: int, user: str) -> list[Rejected]:
+        return [Rejected("POST /events", line, "kind: bad", json.dumps({"user_id": user}))]
+
+    with psycopg.connect(
+        settings.database_url
+    ) as slow:  # an import that began before and ends while they are looked through
+        quarantine.insert(slow, "import", [*row(1, "going-7"), *row(2, "staying-7")])
+
+        def looked_through(*arguments):
+            yield from every(*arguments)
+            slow.commit()
+            shop.quarantine.add_refused([*row(3, "going-7"), *row(4, "staying-7")])
+
+        every = quarantine.rows_of
+        monkeypatch.setattr(quarantine, "rows_of", looked_through)
+        shop.quarantine.add_refused(row(5, "going-7"))
+        assert shop.users.forget("going-7")["quarantine"] == 3
+    assert not traces(settings.database_url, "going-7")
+    assert traces(settings.database_url, "staying-7") == ["quarantine", "quarantine"]
+
+
 @pytest.mark.parametrize("user", ['a "quoted" \\ one', "고객 7", "%_1", "(.*)"])
 def test_odd_ids_are_forgotten_as_well(shop, settings, user):
     live(shop, user, f"of {user}")
