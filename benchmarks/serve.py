@@ -292,6 +292,11 @@ def measure(
             """Milliseconds of each."""
             return 1000 * np.array(asker.submit(one_at_a_time, address, asked).result())
 
+        load = bodies(2000, 7, explain=False)
+
+        def throughput(address: str, seconds: float = options.seconds) -> float:
+            return asker.submit(at_once, address, load, seconds).result()
+
         rows = store.vectors.fetch(RELEASE, [big_shop.name_of(number) for number in range(items)])
         queries = big_shop.queries_of(release, base, rows.vectors, np.random.default_rng(1), CHECKED)
         space, ef_search = release.search_space(), int(release.manifest["index"]["ef_search"])
@@ -340,8 +345,7 @@ def measure(
                 note(f"p50, a filter that keeps {name}, ms", float(np.median(ask(address, asked))), p50)
             texts = [bodies(1, n, explain=False, context=f"a dinner by the sea, table {n}")[0] for n in range(100)]
             note("p50 with a context text that is new, ms", float(np.median(ask(address, texts))), p50)
-            load = bodies(2000, 7, explain=False)
-            most = asker.submit(at_once, address, load, options.seconds).result()
+            most = throughput(address)
             waited = 1000 * np.array(asker.submit(at_moments, address, load, most / 2, options.seconds).result())
             note("p50 at half the throughput, ms", float(np.percentile(waited, 50)))
             note("p99 at half the throughput, ms", float(np.percentile(waited, 99)), float(np.percentile(waited, 50)))
@@ -352,7 +356,7 @@ def measure(
         with serving("benchmarks.plain:app", environment, "--factory") as (_, address, _):
             ask(address, bodies(WARM_UP, 3, explain=False))
             alone = ask(address, bodies(options.requests, 4, explain=False))
-            plain = asker.submit(at_once, address, load, options.seconds).result()
+            plain = throughput(address)
         note("p50, the plain way, ms", float(np.median(alone)), p50)
         note("throughput, the plain way, answers a second", plain)
         note("throughput, answers a second", most, plain)
@@ -361,14 +365,12 @@ def measure(
         workers, environment["OMP_NUM_THREADS"] = ("--workers", str(os.cpu_count())), "1"
         environment[TOGETHER] = str(settings.data_dir / "counted")  # as several workers are deployed
         with serving("api_controller.app:app", environment, *workers) as (server, address, _):
-            asker.submit(at_once, address, load, options.seconds / 2).result()  # until all are ready
-            many = asker.submit(at_once, address, load, options.seconds).result()
-            note("throughput of a worker a processor, answers a second", many, plain)
+            throughput(address, options.seconds / 2)  # until all are ready
+            note("throughput of a worker a processor, answers a second", throughput(address), plain)
             note("memory of a worker a processor, MB", _memory([server, *server.children(recursive=True)]))
         with serving("benchmarks.plain:app", environment, "--factory", *workers) as (_, address, _):
-            asker.submit(at_once, address, load, options.seconds / 2).result()
-            many = asker.submit(at_once, address, load, options.seconds).result()
-            note("throughput of a worker a processor, the plain way, answers a second", many, plain)
+            throughput(address, options.seconds / 2)
+            note("throughput of a worker a processor, the plain way, answers a second", throughput(address), plain)
     return figures
 
 

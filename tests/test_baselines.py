@@ -267,6 +267,25 @@ def test_a_library_is_asked_again_only_if_question_or_script_changed(five, tmp_p
     assert len(list(answers.iterdir())) == 1
 
 
+def test_a_library_that_is_stopped_and_asked_again_finds_what_it_left_beside_its_answer(five, tmp_path):
+    script, answers = tmp_path / "peer.py", tmp_path / "answers"
+    script.write_text(
+        """
+import pathlib, sys
+tried = pathlib.Path(sys.argv[2]).with_suffix(".trials.json")
+if not tried.exists():
+    tried.touch()
+    raise SystemExit(3)
+tried.unlink()
+"""
+        + PEER
+    )
+    with pytest.raises(UserError, match="did not run"):
+        peer_lists(Path(sys.executable), (script, "last"), five, ["u4"], 4, answers)
+    assert peer_lists(Path(sys.executable), (script, "last"), five, ["u4"], 4, answers) == [["A", "B", "C", "E"]]
+    assert len(list(answers.iterdir())) == 1
+
+
 def test_a_library_that_fails_is_named_with_what_to_do(five, tmp_path):
     script = tmp_path / "peer.py"
     script.write_text("raise SystemExit(3)")

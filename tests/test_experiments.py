@@ -362,8 +362,8 @@ def test_each_arm_answers_from_its_release_and_what_is_clicked_counts_for_it(sho
     assert click["low"] <= click["difference"] <= click["high"]
     assert not report(client)["sample_ratio"]["broken"]
     assert "fewer than 100 shoppers" in report(client)["warnings"][0]
-    assert metric(client.get("/metrics").text, 'styletower_exposures_total{arm="half",experiment="split"}') >= count
-    assert metric(client.get("/metrics").text, 'styletower_impressions_total{outcome="written"}') >= len(shoppers)
+    assert metric(client, 'styletower_exposures_total{arm="half",experiment="split"}') >= count
+    assert metric(client, 'styletower_impressions_total{outcome="written"}') >= len(shoppers)
 
 
 def test_nobody_in_particular_gets_the_first_arm_and_does_not_count(shop, client, running):
@@ -397,10 +397,10 @@ def test_a_page_says_what_was_seen(shop, client):
     answer = recommend(client, user_id="looks", k=5)
     seen = {"list_id": answer["list_id"], "positions": [1, 2]}
     counter = 'styletower_rows_total{outcome="stored",what="view"}'
-    before = metric(client.get("/metrics").text, counter)
+    before = metric(client, counter)
     for body in (seen, [seen, {**seen, "positions": [4]}]):
         assert client.post("/impressions", json=body).status_code == 200
-    assert metric(client.get("/metrics").text, counter) == before + 3
+    assert metric(client, counter) == before + 3
     with psycopg.connect(shop.database_url) as connection:
         query = "SELECT positions FROM impression_views WHERE list_id = %s"
         assert connection.execute(query, (answer["list_id"],)).fetchall() == [([1, 2, 4],)]
@@ -502,10 +502,7 @@ def test_an_arm_whose_release_is_lost_is_answered_by_the_live_one_and_not_counte
             assert len(answer["items"]) == 4
             assert (answer["release"], answer["experiment"], answer["degraded"]) == (first.name, None, False)
             assert "'second' cannot be used" in answer["warnings"][0]
-            assert (
-                metric(client.get("/metrics").text, 'styletower_missed_exposures_total{arm="half",experiment="split"}')
-                == 1
-            )
+            assert metric(client, 'styletower_missed_exposures_total{arm="half",experiment="split"}') == 1
 
 
 def test_two_workers_agree_and_write_every_list_before_they_end(shop):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -14,7 +13,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
 from store import Store
-from tests.serving import FRESH, environment_of, eventually, ids, recommend, serving
+from tests.serving import FRESH, environment_of, eventually, ids, metric, recommend, serving
 
 T0 = datetime(2026, 6, 29, 10, tzinfo=UTC)
 
@@ -38,8 +37,7 @@ def event(item: str, minutes: float = 0, **rest) -> dict:
 
 
 def counted(client, what: str, outcome: str) -> float:
-    found = re.search(rf'styletower_rows_total{{outcome="{outcome}",what="{what}"}} (\S+)', client.get("/metrics").text)
-    return float(found[1]) if found else 0.0
+    return metric(client, f'styletower_rows_total{{outcome="{outcome}",what="{what}"}}')
 
 
 # --- events -----------------------------------------------------------------------------------------------------------

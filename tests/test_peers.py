@@ -76,10 +76,8 @@ class Scripted:
 
 def test_the_best_setting_and_stage_are_chosen_and_a_trial_ends_when_it_gets_no_better(tmp_path, capsys):
     library = Scripted({"a": [1, 2, 2, 3], "b": [0, 1, 3, 2], "c": [3]})
-    assert choose(question(EVENTS, count=2), ["a", "b", "c"], library, tmp_path / "tried") == (
-        "b",
-        2,
-    )  # c is no better: the first stays
+    chosen = choose(question(EVENTS, count=2), ["a", "b", "c"], library, tmp_path / "tried")
+    assert chosen == ("b", 2)  # c is no better: the first stays
     assert [(setting, stage) for setting, stage, _ in library.fitted] == [
         ("a", 0), ("a", 1), ("a", 2),  # and not the third, which would have been the best
         ("b", 0), ("b", 1), ("b", 2), ("b", 3), ("c", 0),

@@ -259,9 +259,8 @@ def test_workers_that_share_a_folder_count_together_and_a_killed_one_is_not_forg
 
         def counted() -> set[tuple[float, float]]:
             """What is said, over and over, of questions for the root and of live releases."""
-            said = [client.get("/metrics", headers=FRESH).text for _ in range(10)]
             root = 'styletower_requests_total{route="/",status="200"}'
-            return {(metric(text, root), metric(text, "styletower_live_release")) for text in said}
+            return {(metric(client, root), metric(client, "styletower_live_release{")) for _ in range(10)}
 
         def ask() -> None:
             for _ in range(10):
@@ -276,8 +275,8 @@ def test_workers_that_share_a_folder_count_together_and_a_killed_one_is_not_forg
 
 def test_a_context_that_was_read_before_is_counted_as_known(client):
     def counted() -> list[float]:
-        said = client.get("/metrics").text
-        return [metric(said, f'styletower_context_texts_total{{outcome="{outcome}"}}') for outcome in ("new", "cached")]
+        name = "styletower_context_texts_total"
+        return [metric(client, f'{name}{{outcome="{outcome}"}}') for outcome in ("new", "cached")]
 
     new, cached = counted()
     for context in ("a dinner by the sea", "a dinner by the sea", "a walk in the rain", "a dinner by the sea"):

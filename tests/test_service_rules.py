@@ -16,7 +16,7 @@ from psycopg.conninfo import conninfo_to_dict
 import score_users
 from settings import UserError
 from store import Store
-from tests.serving import FRESH, environment_of, eventually, ids, recommend, serving
+from tests.serving import FRESH, environment_of, eventually, ids, metric, recommend, serving
 
 
 @pytest.fixture(scope="module")
@@ -220,10 +220,7 @@ def test_rules_that_are_tried_leave_no_trace(client):
 
 
 def removals(client) -> float:
-    lines = [
-        line for line in client.get("/metrics").text.splitlines() if line.startswith("styletower_rule_removals_total")
-    ]
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+    return metric(client, "styletower_rule_removals_total")
 
 
 def test_a_version_is_live_until_another_is_and_may_be_again(client):

@@ -292,9 +292,8 @@ def test_a_row_that_is_quarantined_while_the_others_are_looked_through_goes_too(
     def row(line: int, user: str) -> list[Rejected]:
         return [Rejected("POST /events", line, "kind: bad", json.dumps({"user_id": user}))]
 
-    with psycopg.connect(
-        settings.database_url
-    ) as slow:  # an import that began before and ends while they are looked through
+    # An import that began before and ends while they are looked through.
+    with psycopg.connect(settings.database_url) as slow:
         quarantine.insert(slow, "import", [*row(1, "going-7"), *row(2, "staying-7")])
 
         def looked_through(*arguments):
