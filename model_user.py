@@ -2,7 +2,8 @@
 
 An item's row is `[unit vector ; popularity coordinates ; collaborative coordinates]`. The query is
 `[scaled unit vector ; learned weights ; collaborative vector]`, so that one inner product says what a shopper is
-drawn to, how much they follow what is wanted now, and what shoppers like them took. The item tower's vectors stay frozen;
+drawn to, how much they follow what is wanted now, and what shoppers like them took. The item tower stays frozen; a residual
+adapter, if there is one, turns its vectors by what shoppers take, those of items that nobody met yet too;
 the collaborative coordinates belong to this tower, start near zero, and count as zero for items nobody touched yet.
 
 Beside that deep part stands a wide one, which no vector holds: learned weights of links from the items of the history (see
@@ -38,6 +39,7 @@ class UserTowerConfig:
     profile_width: int
     text_width: int
     collaborative: int = 32  # 0 switches collaborative coordinates off
+    adapter: int = 0  # width inside the adapter of item vectors; 0: there is none
     width: int = 128
     heads: int = 4
     layers: int = 1
@@ -70,6 +72,11 @@ class UserTower(nn.Module):
         width = config.width
         self.collaborative = nn.Embedding(config.items, max(1, config.collaborative))
         self.item_input = nn.Linear(config.item_width + config.collaborative, width)
+        if config.adapter:
+            added = nn.Linear(config.adapter, config.item_width)
+            nn.init.zeros_(added.weight)  # it sets out from what the item tower knows, as it is
+            nn.init.zeros_(added.bias)
+            self.adapter = nn.Sequential(nn.Linear(config.item_width, config.adapter), nn.GELU(), added)
         self.kind_embedding = nn.Embedding(KINDS, width)
         self.age_input = nn.Linear(1, width)
         # Counted from the latest event: "the last thing seen" means the same in a short and in a long history.
@@ -169,7 +176,11 @@ class UserTower(nn.Module):
         An item without events has no collaborative coordinates: whatever its row drifted to as a negative is not
         evidence. The last popularity coordinate says so (see tensors.Popularity).
         """
-        return torch.cat([vectors, popularity, self.collaborative_of(items, popularity)], dim=-1)
+        return torch.cat([self.adapted(vectors), popularity, self.collaborative_of(items, popularity)], dim=-1)
+
+    def adapted(self, vectors: Tensor) -> Tensor:
+        """What stands in index rows and in histories for the item tower's unit vectors [..., item_width]: of unit length too."""
+        return F.normalize(vectors + self.adapter(vectors), dim=-1) if self.config.adapter else vectors
 
     def collaborative_of(self, items: Tensor, popularity: Tensor) -> Tensor:
         """[..., collaborative] of catalogue rows, zero where the item had no event yet."""

@@ -124,7 +124,7 @@ class ShopData:
     def targets(self, start: float, end: float) -> np.ndarray:
         """Events to learn to foresee: a shopper's first meeting with an item, in [start, end), of a kind that counts."""
         histories = self.histories
-        inside = (histories.at >= max(start, histories.at.min(initial=0.0) + WARM_UP)) & (histories.at < end)
+        inside = (histories.at >= max(start, histories.at.min(initial=np.inf) + WARM_UP)) & (histories.at < end)
         return np.flatnonzero(inside & histories.first_meeting)
 
     def popularity_as_of(self, moment: float) -> Tensor:
@@ -152,7 +152,7 @@ class ShopData:
         items = histories.item[index.index].astype(np.int64)
         numbers = torch.from_numpy(items)
         return UserBatch(
-            history=torch.from_numpy(self.vectors[items]),
+            history=tower.adapted(torch.from_numpy(self.vectors[items])),
             collaborative=tower.collaborative_of(numbers, popularity[numbers]),
             kind=torch.from_numpy(histories.kind[index.index].astype(np.int64)),
             age=torch.from_numpy(log_age(now[:, None], histories.at[index.index])),

@@ -387,7 +387,7 @@ class HistoryIndex:
 class UserBatch:
     """What the user tower reads. Each of the three inputs may be missing: an empty mask, a zero vector, missing flags."""
 
-    history: Tensor  # float32 [B, T, item width]: unit item vectors, oldest first
+    history: Tensor  # float32 [B, T, item width]: unit item vectors as in index rows, oldest first
     collaborative: Tensor  # float32 [B, T, collaborative width]
     kind: Tensor  # int64 [B, T], see KIND_IDS
     age: Tensor  # float32 [B, T], log of days since the event

@@ -206,15 +206,16 @@ class ListFeatures:
         users = np.array([lists.requests[i][0] for i in which])
         as_of = np.array([lists.requests[i][2] for i in which])
         found = lists.found.take(which)
-        past, rows = self._past(users, lists.at[which]), found.rows
+        rows = found.rows
         index_rows = np.stack([self.keys[moment][items] for moment, items in zip(as_of, rows, strict=True)])
         candidates = Candidates(
             found.queries, index_rows, found.scores, found.together, found.variant, shop.items.std[rows],
             shop.items.re[rows], shop.price[rows],
         )  # fmt: skip
+        past = self._past(users, lists.at[which], as_of)
         return rerank_batch(candidates, past, self.prices, self.item_width, self.popularity_width)
 
-    def _past(self, users: np.ndarray, at: np.ndarray) -> Past:
+    def _past(self, users: np.ndarray, at: np.ndarray, as_of: np.ndarray) -> Past:
         shop = self.shop
         found = shop.history_as_of(users, at, self.length)
         width = found.index.shape[1]
@@ -222,8 +223,11 @@ class ListFeatures:
         mask = np.zeros((len(users), self.length), dtype=bool)
         index[:, :width], mask[:, :width] = found.index, found.mask
         items = shop.histories.item[index]
+        vectors = np.stack(
+            [self.keys[moment][met, : self.item_width] for moment, met in zip(as_of, items, strict=True)]
+        )
         return Past(
-            shop.vectors[items], mask, shop.items.std[items], shop.items.re[items], shop.price[items],
+            vectors, mask, shop.items.std[items], shop.items.re[items], shop.price[items],
             self.profiles[users],
         )  # fmt: skip
 

@@ -64,6 +64,12 @@ class UserOptions(HoldOutOptions):
         0.5, ge=0, lt=1, description="share of examples without the links of what was taken together"
     )
     collaborative: int = Field(32, ge=0, le=512, description="collaborative coordinates of an item; 0 for none")
+    adapter: int = Field(
+        0,
+        ge=0,
+        le=8192,
+        description="width inside a residual adapter of item vectors; 0 leaves them as the item tower made them",
+    )
     layers: int = Field(1, ge=1, le=12, description="transformer layers over the history")
     train_days: float = Field(540.0, gt=0, description="days of events before the newest that are learned from")
     validation_requests: int = Field(10_000, ge=1, description="held-out requests scored after each epoch, at most")
@@ -405,8 +411,8 @@ def main(options: UserOptions) -> None:
     config = UserTowerConfig(
         items=len(shop.items), item_width=shop.vectors.shape[1], popularity_width=shop.popularity.width,
         profile_width=scaler.width, text_width=shop.context_vectors.shape[1], collaborative=options.collaborative,
-        layers=options.layers, history=options.history, behaviour=options.behaviour, context=options.context,
-        profile=options.profile, popularity=options.popularity,
+        adapter=options.adapter, layers=options.layers, history=options.history, behaviour=options.behaviour,
+        context=options.context, profile=options.profile, popularity=options.popularity,
     )  # fmt: skip
 
     profiles = scaler.transform(shop.profiles)

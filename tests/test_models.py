@@ -375,6 +375,21 @@ def test_collaborative_coordinates_can_be_switched_off():
     assert tower.item_rows(torch.arange(4), torch.zeros(4, 5), torch.zeros(4, 3)).shape == (4, 8)
 
 
+def test_an_adapter_adds_nothing_at_first_and_turns_unit_vectors_when_it_has_learned():
+    tower, vectors = user_tower(replace(USER, adapter=7)), shoppers().history[0]
+    assert torch.allclose(tower.adapted(vectors), vectors, atol=1e-6)
+    assert torch.equal(user_tower().adapted(vectors), vectors)
+    wanted = vectors.roll(1, dims=0)
+    optimizer = torch.optim.Adam(tower.adapter.parameters(), 0.01)
+    for _ in range(300):
+        loss = -(tower.item_rows(torch.arange(3), vectors, torch.zeros(3, 3))[:, :5] * wanted).sum(-1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < -0.99
+    assert torch.allclose(tower.adapted(vectors).norm(dim=-1), torch.ones(3), atol=1e-5)
+
+
 def test_realign_follows_items_and_gives_new_ones_zero():
     tower = user_tower()
     old = tower.collaborative.weight.clone()

@@ -58,6 +58,13 @@ def shop() -> ShopData:
     return shop_of(np.tile(np.arange(SHOPPERS), DAYS * 2), product, day, ITEMS)
 
 
+def test_nothing_is_aimed_for_on_the_first_day_of_a_log_when_nothing_could_be_known_to_be_wanted():
+    day = 20_000 + np.array([0.0, 0.5, 1.0, 2.0])  # half a century after the epoch, as real logs are
+    shop = shop_of(np.zeros(4, dtype=np.int64), np.arange(4), day, 4)
+    assert shop.targets(0.0, shop.now).tolist() == [2, 3]
+    assert shop.targets(day[3] * DAY, shop.now).tolist() == [3]
+
+
 def softmax_of(shop: ShopData, tower: UserTower, given: UserOptions, end: float) -> SampledSoftmax:
     return SampledSoftmax(shop, tower, given, shop.profile_scaler(end).transform(shop.profiles), end)
 
