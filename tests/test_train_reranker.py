@@ -19,6 +19,7 @@ from release import ItemEncoder, Release
 from settings import Settings, UserError
 from shop_data import ShopData
 from store import Impression, ShownList, Store
+from tensors import ITEM_DENSE
 from text_encoder import TextEncoder
 from train_reranker import (
     Lists,
@@ -328,6 +329,15 @@ def test_lists_of_the_last_days_are_of_a_tower_that_learned_what_was_taken_until
     learned = UserOptions(**release.manifest["user_tower"]["options"], _env_file=None)
     learn_on(tower, data, learned, profiles, last, shop.models_dir, "test")
     assert np.array_equal(features.keys[last], keys(last))
+
+    # What stands in a list and what stands in the history are of one tower: both grow with it.
+    every, column = np.arange(len(features.lists)), ITEM_DENSE.index("nearest")
+    before = features.batch(every).item_dense[..., column]
+    for moment, rows in features.keys.items():
+        features.keys[moment] = np.concatenate([2 * rows[:, : features.item_width], rows[:, features.item_width :]], 1)
+    near = before > 0.1
+    assert near.any()
+    assert torch.allclose(features.batch(every).item_dense[..., column][near], 4 * before[near], rtol=1e-4)
 
 
 def test_what_cannot_be_continued_is_refused_before_the_lists_are_made(shop, monkeypatch):

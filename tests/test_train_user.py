@@ -20,7 +20,7 @@ from shop_data import Requests, ShopData
 from store import EventLog
 from tensors import DAY, Histories, ItemFeatures, Popularity
 from text_encoder import Ragged
-from train_user import SampledSoftmax, UserOptions, best, learn_on, link_trust, retrieve
+from train_user import SampledSoftmax, UserOptions, best, item_keys, learn_on, link_trust, retrieve
 from training import fit
 
 ITEMS, SHOPPERS, DAYS = 200, 30, 4  # more items than are mined for a request
@@ -63,6 +63,20 @@ def test_nothing_is_aimed_for_on_the_first_day_of_a_log_when_nothing_could_be_kn
     shop = shop_of(np.zeros(4, dtype=np.int64), np.arange(4), day, 4)
     assert shop.targets(0.0, shop.now).tolist() == [2, 3]
     assert shop.targets(day[3] * DAY, shop.now).tolist() == [3]
+
+
+def test_histories_hold_what_index_rows_hold_adapted_or_not(shop):
+    for adapter in (0, 7):
+        tower = UserTower(UserTowerConfig(ITEMS, 5, shop.popularity.width, 0, 3, 4, adapter, width=16, heads=2))
+        for weight in tower.parameters():
+            torch.nn.init.normal_(weight)  # an adapter that has learned
+        popularity, index = shop.popularity_as_of(shop.now), shop.history_as_of(np.array([3]), shop.now, 5)
+        no_profiles = np.zeros((SHOPPERS, 0), dtype=np.float32)
+        one = np.zeros(1, dtype=np.int64)
+        batch = shop.user_batch(tower, index, one + 3, one, one + shop.now, no_profiles, popularity)
+        rows = item_keys(tower, torch.from_numpy(shop.vectors), popularity)[shop.histories.item[index.index]]
+        assert torch.allclose(batch.history, rows[..., :5], atol=1e-6)
+        assert torch.allclose(batch.collaborative, rows[..., -4:], atol=1e-6)
 
 
 def softmax_of(shop: ShopData, tower: UserTower, given: UserOptions, end: float) -> SampledSoftmax:
