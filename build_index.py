@@ -76,7 +76,7 @@ def index_rows(shop: ShopData, release: Release) -> np.ndarray:
     """Rows of every item as of now, float32 [N, row_width]. Raises UserError when one is not a sound vector."""
     tower = release.aligned_user_tower(shop.items.product_ids)
     with torch.no_grad():
-        rows = item_keys(tower, torch.from_numpy(shop.vectors), shop.popularity_as_of(shop.now)).numpy()
+        rows = item_keys(tower, shop, shop.popularity_as_of(shop.now)).numpy()
     norms = np.linalg.norm(rows[:, : shop.vectors.shape[1]], axis=1)
     bad = np.flatnonzero(~np.isfinite(rows).all(1) | (np.abs(norms - 1.0) > 1e-3))
     if len(bad):

@@ -3,8 +3,9 @@
 An item's row is `[unit vector ; popularity coordinates ; collaborative coordinates]`. The query is
 `[scaled unit vector ; learned weights ; collaborative vector]`, so that one inner product says what a shopper is
 drawn to, how much they follow what is wanted now, and what shoppers like them took. The item tower stays frozen; a residual
-adapter, if there is one, turns its vectors by what shoppers take, those of items that nobody met yet too;
-the collaborative coordinates belong to this tower, start near zero, and count as zero for items nobody touched yet.
+adapter, if there is one, turns its vectors by what an item's STD and RE values say to shoppers, also where nobody met it yet
+(a sum of feature embeddings, as in LightFM: Kula, CBRecSys 2015); the collaborative coordinates belong to this tower, start near
+zero, and count as zero for items nobody touched yet.
 
 Beside that deep part stands a wide one, which no vector holds: learned weights of links from the items of the history (see
 item_links.py). Retrieval adds them to the inner product.
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tensors import KINDS, LinkWeights, TextScaler, UserBatch, log_strength
+from vocab import PAD
 
 # Where the weights of links start, in logits. Their logarithms are learned, at many times the pace of other weights, for each is
 # met but a few hundred times an epoch.
@@ -39,7 +41,9 @@ class UserTowerConfig:
     profile_width: int
     text_width: int
     collaborative: int = 32  # 0 switches collaborative coordinates off
-    adapter: int = 0  # width inside the adapter of item vectors; 0: there is none
+    adapter: bool = False  # whether item vectors are turned by their values
+    std_words: int = 0  # of the vocabularies at training time, for the adapter's table
+    re_words: int = 0
     width: int = 128
     heads: int = 4
     layers: int = 1
@@ -73,10 +77,9 @@ class UserTower(nn.Module):
         self.collaborative = nn.Embedding(config.items, max(1, config.collaborative))
         self.item_input = nn.Linear(config.item_width + config.collaborative, width)
         if config.adapter:
-            added = nn.Linear(config.adapter, config.item_width)
-            nn.init.zeros_(added.weight)  # it sets out from what the item tower knows, as it is
-            nn.init.zeros_(added.bias)
-            self.adapter = nn.Sequential(nn.Linear(config.item_width, config.adapter), nn.GELU(), added)
+            words = config.std_words + config.re_words
+            self.adapter = nn.EmbeddingBag(words, config.item_width, mode="sum", padding_idx=PAD)
+            nn.init.zeros_(self.adapter.weight)  # it sets out from what the item tower knows, as it is
         self.kind_embedding = nn.Embedding(KINDS, width)
         self.age_input = nn.Linear(1, width)
         # Counted from the latest event: "the last thing seen" means the same in a short and in a long history.
@@ -171,16 +174,23 @@ class UserTower(nn.Module):
         return weights[0] * torch.from_numpy(log_strength(together)) + weights[1] * torch.from_numpy(variant)
 
     def item_rows(self, items: Tensor, vectors: Tensor, popularity: Tensor) -> Tensor:
-        """Index rows [M, row_width] of catalogue rows `items` int64 [M], their unit vectors and popularity.
+        """Index rows [M, row_width] of catalogue rows `items` int64 [M], their vectors as `adapted` and popularity.
 
         An item without events has no collaborative coordinates: whatever its row drifted to as a negative is not
         evidence. The last popularity coordinate says so (see tensors.Popularity).
         """
-        return torch.cat([self.adapted(vectors), popularity, self.collaborative_of(items, popularity)], dim=-1)
+        return torch.cat([vectors, popularity, self.collaborative_of(items, popularity)], dim=-1)
 
-    def adapted(self, vectors: Tensor) -> Tensor:
-        """What stands in index rows and in histories for the item tower's unit vectors [..., item_width]: of unit length too."""
-        return F.normalize(vectors + self.adapter(vectors), dim=-1) if self.config.adapter else vectors
+    def adapted(self, vectors: Tensor, std: Tensor, re: Tensor) -> Tensor:
+        """What stands in index rows and in histories for the item tower's unit vectors [M, item_width] of items with STD and RE ids
+        int [M, S] and [M, R]: of unit length too. A word that is newer than this tower says nothing."""
+        config = self.config
+        if not config.adapter:
+            return vectors
+        re = torch.where((re != PAD) & (re < config.re_words), re + config.std_words, PAD)
+        words = torch.cat([std, re], dim=1)
+        count = (words != PAD).sum(1, keepdim=True).clamp(min=1)
+        return F.normalize(vectors + self.adapter(words) / count.sqrt(), dim=-1)
 
     def collaborative_of(self, items: Tensor, popularity: Tensor) -> Tensor:
         """[..., collaborative] of catalogue rows, zero where the item had no event yet."""

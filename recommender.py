@@ -550,9 +550,9 @@ class Recommender:
         features = encoder.features(products)
         config = loaded.user_tower.config
         rows = np.zeros((len(products), config.row_width), dtype=np.float32)
-        vectors = torch.from_numpy(encoder.vectors(features, progress=False))
+        made = (encoder.vectors(features, progress=False), features.std, features.re)
         with torch.inference_mode():
-            rows[:, : config.item_width] = loaded.user_tower.adapted(vectors).numpy()
+            rows[:, : config.item_width] = loaded.user_tower.adapted(*map(torch.from_numpy, made)).numpy()
         # A new item has no past: no counts, no collaborative coordinates, and the flag that says so.
         rows[:, loaded.untouched_column] = 1.0
         before = self.store.vectors.fetch(loaded.name, features.product_ids)

@@ -140,6 +140,13 @@ class ShopData:
         known = np.unique(self.histories.user[self.histories.at < before])
         return ProfileScaler.fit([self.profiles[user] for user in known])
 
+    def adapted(self, tower: UserTower, rows: np.ndarray) -> Tensor:
+        """The vectors of catalogue rows int [...] as the tower turns them, see `UserTower.adapted`: float32 [..., item width]."""
+        distinct, place = np.unique(rows, return_inverse=True)  # histories have many in common
+        std, re = torch.from_numpy(self.items.std[distinct]), torch.from_numpy(self.items.re[distinct])
+        vectors = tower.adapted(torch.from_numpy(self.vectors[distinct]), std, re)
+        return vectors[torch.from_numpy(place.reshape(rows.shape))]
+
     def user_batch(
         self, tower: UserTower, index: HistoryIndex, users: np.ndarray, contexts: np.ndarray, now: np.ndarray,
         profiles: np.ndarray, popularity: Tensor,
@@ -152,7 +159,7 @@ class ShopData:
         items = histories.item[index.index].astype(np.int64)
         numbers = torch.from_numpy(items)
         return UserBatch(
-            history=tower.adapted(torch.from_numpy(self.vectors[items])),
+            history=self.adapted(tower, items),
             collaborative=tower.collaborative_of(numbers, popularity[numbers]),
             kind=torch.from_numpy(histories.kind[index.index].astype(np.int64)),
             age=torch.from_numpy(log_age(now[:, None], histories.at[index.index])),

@@ -328,7 +328,7 @@ def replay(
         if moment not in keys:
             with torch.no_grad():
                 popularity = shop.popularity_as_of(moment)
-                keys[moment] = item_keys(tower, torch.from_numpy(shop.vectors), popularity).numpy()
+                keys[moment] = item_keys(tower, shop, popularity).numpy()
     lists = Lists.joined(found) if found else None
     if lists is None or len(lists) < 10:
         raise UserError(

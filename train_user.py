@@ -64,12 +64,7 @@ class UserOptions(HoldOutOptions):
         0.5, ge=0, lt=1, description="share of examples without the links of what was taken together"
     )
     collaborative: int = Field(32, ge=0, le=512, description="collaborative coordinates of an item; 0 for none")
-    adapter: int = Field(
-        0,
-        ge=0,
-        le=8192,
-        description="width inside a residual adapter of item vectors; 0 leaves them as the item tower made them",
-    )
+    adapter: bool = Field(False, description="let what STD and RE values say to shoppers turn item vectors")
     layers: int = Field(1, ge=1, le=12, description="transformer layers over the history")
     train_days: float = Field(540.0, gt=0, description="days of events before the newest that are learned from")
     validation_requests: int = Field(10_000, ge=1, description="held-out requests scored after each epoch, at most")
@@ -101,7 +96,6 @@ class SampledSoftmax:
                 f"only {len(self.targets)} events to learn from before {np.datetime64(int(end), 's')} UTC; "
                 "import more events, or lower --validation-share"
             )
-        self.vectors = torch.from_numpy(shop.vectors)
         self.length = shop.histories.lengths(self.targets, options.history, options.baskets)
         self.day = (shop.histories.at[self.targets] // DAY).astype(np.int64)
         count = len(shop.items)
@@ -150,7 +144,7 @@ class SampledSoftmax:
         items = histories.item[rows]
         candidates, log_inclusion = self._candidates(items)
         numbers = torch.from_numpy(candidates)
-        keys = self.tower.item_rows(numbers, self.vectors[numbers], popularity[numbers])  # (C, D)
+        keys = self.tower.item_rows(numbers, shop.adapted(self.tower, candidates), popularity[numbers])  # (C, D)
         column_of = np.full(len(shop.items), -1)
         column_of[candidates] = np.arange(len(candidates))
         target = column_of[items]
@@ -212,7 +206,7 @@ class SampledSoftmax:
         popularity = self.popularity(as_of)
         training = self.tower.training
         self.tower.eval()
-        keys = item_keys(self.tower, self.vectors, popularity)
+        keys = item_keys(self.tower, self.shop, popularity)
         counts = np.zeros(len(self.shop.items))
         for start in range(0, len(rows), SCORE_BATCH):
             part = rows[start : start + SCORE_BATCH]
@@ -249,9 +243,10 @@ def learn_on(
     tower.config = config
 
 
-def item_keys(tower: UserTower, vectors: Tensor, popularity: Tensor) -> Tensor:
+def item_keys(tower: UserTower, shop: ShopData, popularity: Tensor) -> Tensor:
     """Index rows of the whole catalogue: float32 [N, row_width]."""
-    return tower.item_rows(torch.arange(len(vectors)), vectors, popularity)
+    every = np.arange(len(shop.items))
+    return tower.item_rows(torch.from_numpy(every), shop.adapted(tower, every), popularity)
 
 
 @dataclass(frozen=True)
@@ -334,7 +329,7 @@ def _scored(
 ) -> Iterator[_Scored]:  # fmt: skip
     """So many requests at once as fit into memory, in order."""
     popularity = shop.popularity_as_of(requests.as_of)
-    keys = item_keys(tower, torch.from_numpy(shop.vectors), popularity)
+    keys = item_keys(tower, shop, popularity)
     untouched = popularity[:, -1] > 0
     batch_size = max(1, min(SCORE_BATCH, MOST_SCORES // len(keys)))
     every = np.arange(len(keys))
@@ -411,7 +406,8 @@ def main(options: UserOptions) -> None:
     config = UserTowerConfig(
         items=len(shop.items), item_width=shop.vectors.shape[1], popularity_width=shop.popularity.width,
         profile_width=scaler.width, text_width=shop.context_vectors.shape[1], collaborative=options.collaborative,
-        adapter=options.adapter, layers=options.layers, history=options.history, behaviour=options.behaviour,
+        adapter=options.adapter, std_words=len(encoder.std_vocab), re_words=len(encoder.re_vocab),
+        layers=options.layers, history=options.history, behaviour=options.behaviour,
         context=options.context, profile=options.profile, popularity=options.popularity,
     )  # fmt: skip
 

@@ -375,19 +375,38 @@ def test_collaborative_coordinates_can_be_switched_off():
     assert tower.item_rows(torch.arange(4), torch.zeros(4, 5), torch.zeros(4, 3)).shape == (4, 8)
 
 
+ADAPTING = replace(USER, adapter=True, std_words=5, re_words=4)
+
+
 def test_an_adapter_adds_nothing_at_first_and_turns_unit_vectors_when_it_has_learned():
-    tower, vectors = user_tower(replace(USER, adapter=7)), shoppers().history[0]
-    assert torch.allclose(tower.adapted(vectors), vectors, atol=1e-6)
-    assert torch.equal(user_tower().adapted(vectors), vectors)
+    tower, vectors = user_tower(ADAPTING), shoppers().history[0]
+    std, re = torch.tensor([[3, 0], [4, 3], [4, 0]]), torch.tensor([[3], [0], [3]])
+    assert torch.allclose(tower.adapted(vectors, std, re), vectors, atol=1e-6)
+    assert torch.equal(user_tower().adapted(vectors, std, re), vectors)
     wanted = vectors.roll(1, dims=0)
-    optimizer = torch.optim.Adam(tower.adapter.parameters(), 0.01)
+    optimizer = torch.optim.Adam(tower.adapter.parameters(), 0.05)
     for _ in range(300):
-        loss = -(tower.item_rows(torch.arange(3), vectors, torch.zeros(3, 3))[:, :5] * wanted).sum(-1).mean()
+        loss = -(tower.adapted(vectors, std, re) * wanted).sum(-1).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert loss < -0.99
-    assert torch.allclose(tower.adapted(vectors).norm(dim=-1), torch.ones(3), atol=1e-5)
+    assert torch.allclose(tower.adapted(vectors, std, re).norm(dim=-1), torch.ones(3), atol=1e-5)
+
+
+def test_an_adapter_tells_std_from_re_words_and_reads_none_that_is_newer_than_it():
+    tower, vectors = user_tower(ADAPTING), shoppers().history[0][:1]
+    torch.nn.init.normal_(tower.adapter.weight)
+    with torch.no_grad():
+        tower.adapter.weight[0] = 0.0
+
+    def adapted(std: list[int], re: list[int]) -> torch.Tensor:
+        return tower.adapted(vectors, torch.tensor([std]), torch.tensor([re]))
+
+    assert not torch.allclose(adapted([3, 0], [0]), adapted([0, 0], [3]), atol=1e-3)
+    assert torch.equal(adapted([3, 0], [4]), adapted([3, 0], [0]))
+    assert torch.equal(adapted([0, 3], [99]), adapted([3, 0], [0]))
+    assert torch.allclose(adapted([0, 0], [0]), vectors, atol=1e-6)
 
 
 def test_realign_follows_items_and_gives_new_ones_zero():

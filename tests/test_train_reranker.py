@@ -317,11 +317,11 @@ def test_lists_of_the_last_days_are_of_a_tower_that_learned_what_was_taken_until
     assert {features.lists.requests[row][2] for row in np.flatnonzero(judging)} == {last}
 
     tower = release.aligned_user_tower(data.items.product_ids, "user_tower_holdout.pth")
-    vectors, profiles = torch.from_numpy(data.vectors), release.profile_scaler().transform(data.profiles)
+    profiles = release.profile_scaler().transform(data.profiles)
 
     def keys(moment: float) -> np.ndarray:
         with torch.no_grad():
-            return np.asarray(item_keys(tower, vectors, data.popularity_as_of(moment)))
+            return np.asarray(item_keys(tower, data, data.popularity_as_of(moment)))
 
     assert np.array_equal(features.keys[first], keys(first))
     assert np.array_equal(features.keys[second], keys(second))

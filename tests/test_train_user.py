@@ -66,15 +66,23 @@ def test_nothing_is_aimed_for_on_the_first_day_of_a_log_when_nothing_could_be_kn
 
 
 def test_histories_hold_what_index_rows_hold_adapted_or_not(shop):
-    for adapter in (0, 7):
-        tower = UserTower(UserTowerConfig(ITEMS, 5, shop.popularity.width, 0, 3, 4, adapter, width=16, heads=2))
+    random = np.random.default_rng(0)
+    std, re = random.integers(0, 9, (ITEMS, 2)), random.integers(0, 7, (ITEMS, 3))
+    shop = replace(shop, items=replace(shop.items, std=std, re=re))
+    for adapter in (False, True):
+        config = UserTowerConfig(ITEMS, 5, shop.popularity.width, 0, 3, 4, adapter, 9, 7, width=16, heads=2)
+        tower = UserTower(config)
         for weight in tower.parameters():
             torch.nn.init.normal_(weight)  # an adapter that has learned
+        every = torch.from_numpy(shop.vectors), torch.from_numpy(std), torch.from_numpy(re)
+        turned = tower.adapted(*every)
+        assert torch.allclose(turned, every[0]) != adapter
         popularity, index = shop.popularity_as_of(shop.now), shop.history_as_of(np.array([3]), shop.now, 5)
         no_profiles = np.zeros((SHOPPERS, 0), dtype=np.float32)
         one = np.zeros(1, dtype=np.int64)
         batch = shop.user_batch(tower, index, one + 3, one, one + shop.now, no_profiles, popularity)
-        rows = item_keys(tower, torch.from_numpy(shop.vectors), popularity)[shop.histories.item[index.index]]
+        rows = item_keys(tower, shop, popularity)[shop.histories.item[index.index]]
+        assert torch.allclose(batch.history, turned[shop.histories.item[index.index]], atol=1e-6)
         assert torch.allclose(batch.history, rows[..., :5], atol=1e-6)
         assert torch.allclose(batch.collaborative, rows[..., -4:], atol=1e-6)
 
