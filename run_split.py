@@ -40,23 +40,12 @@ MODELS = "saved_models"  # of each pipeline's own folder
 def _hm(extract: list[str], *evaluate: str) -> list[list[str]]:
     # Two of the five days are held out: one has too few shoppers with a past for the reranker to learn from.
     held_out = ["--validation-share", "0.35"]
+    tower = ["--epochs", "2", "--collaborative", "0", "--adapter", "--forget-links", "0.9"]
     return [
         ["import_data.py", "hm", "{folder}", "--until", "2020-09-21"],
         extract,
         ["train_simcse.py", "--release", "split", "--epochs", "3", "--temperature", "0.05", *held_out],
-        [
-            "train_user.py",
-            "--release",
-            "split",
-            "--epochs",
-            "2",
-            "--collaborative",
-            "0",
-            "--adapter",
-            "--forget-links",
-            "0.9",
-            *held_out,
-        ],
+        ["train_user.py", "--release", "split", *tower, *held_out],
         ["train_reranker.py", "--release", "split"],
         ["build_index.py", "--release", "split"],
         ["evaluate.py", "hm-week", "{folder}", *evaluate],
