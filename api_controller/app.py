@@ -42,12 +42,12 @@ gc.enable()
 
 log = logging.getLogger("styletower")
 settings = ServiceSettings()
+make_folder()
 
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     torch.set_num_threads(1)  # two threads beside another busy process make a 1.5 ms forward take 10 to 48
-    make_folder()
     service = Service(settings)
     app.state.service = service
     service.access.notice([told_to_listen(sys.argv, os.environ)])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily
@@ -17,9 +19,16 @@ TOGETHER = "PROMETHEUS_MULTIPROC_DIR"  # by which prometheus_client decides when
 
 
 def make_folder() -> None:
-    """Of the files in which workers count together; prometheus_client does not make it. Call it before anything can count."""
+    """Of the files in which workers count together; prometheus_client does not make it. Call it before anything can count. Ends the
+    process, with a line for people, when nothing can be written there."""
     if folder := os.environ.get(TOGETHER):
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=folder).close()
+        except OSError as error:
+            sys.exit(
+                f"{TOGETHER}: workers cannot count together in {folder} ({error}); name a folder that can be written"
+            )
 
 
 def exposition(counted: CollectorRegistry, models_dir: Path, open_to_others: bool) -> bytes:
