@@ -41,6 +41,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "no height and weight": ("train_user.py", ["--unread-figures", "height_cm,weight_kg"]),
     "no popularity": ("train_user.py", ["--no-popularity"]),
     "no collaborative": ("train_user.py", ["--collaborative", "0"]),
+    "no adapter": ("train_user.py", ["--no-adapter"]),
     NO_TRANSFER: ("train_reranker.py", ["--no-transfer"]),
 }
 

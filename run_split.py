@@ -40,7 +40,7 @@ MODELS = "saved_models"  # of each pipeline's own folder
 def _hm(extract: list[str], *evaluate: str) -> list[list[str]]:
     # Two of the five days are held out: one has too few shoppers with a past for the reranker to learn from.
     held_out = ["--validation-share", "0.35"]
-    tower = ["--epochs", "2", "--collaborative", "0", "--adapter", "--forget-links", "0.9"]
+    tower = ["--epochs", "2", "--collaborative", "0", "--forget-links", "0.9"]
     return [
         ["import_data.py", "hm", "{folder}", "--until", "2020-09-21"],
         extract,

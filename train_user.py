@@ -64,7 +64,10 @@ class UserOptions(HoldOutOptions):
         0.5, ge=0, lt=1, description="share of examples without the links of what was taken together"
     )
     collaborative: int = Field(32, ge=0, le=512, description="collaborative coordinates of an item; 0 for none")
-    adapter: bool = Field(False, description="let what STD and RE values say to shoppers turn item vectors")
+    adapter: bool = Field(
+        True,
+        description="let what STD and RE values say to shoppers turn item vectors; without: they stay as the item tower made them",
+    )
     layers: int = Field(1, ge=1, le=12, description="transformer layers over the history")
     train_days: float = Field(540.0, gt=0, description="days of events before the newest that are learned from")
     validation_requests: int = Field(10_000, ge=1, description="held-out requests scored after each epoch, at most")

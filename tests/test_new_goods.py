@@ -56,7 +56,6 @@ def test_new_goods_of_an_unseen_style_reach_those_whose_taste_they_fit(database_
             learning_rate=3e-3,
             history=10,
             collaborative=8,
-            adapter=True,
             refit=False,
         )
     )
