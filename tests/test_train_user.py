@@ -20,7 +20,7 @@ from shop_data import Requests, ShopData
 from store import EventLog
 from tensors import DAY, Histories, ItemFeatures, Popularity
 from text_encoder import Ragged
-from train_user import SampledSoftmax, UserOptions, best, item_keys, learn_on, link_trust, retrieve
+from train_user import SampledSoftmax, UserOptions, best, item_keys, learn, learn_on, link_trust, retrieve
 from training import fit
 
 ITEMS, SHOPPERS, DAYS = 200, 30, 4  # more items than are mined for a request
@@ -85,6 +85,30 @@ def test_histories_hold_what_index_rows_hold_adapted_or_not(shop):
         assert torch.allclose(batch.history, turned[shop.histories.item[index.index]], atol=1e-6)
         assert torch.allclose(batch.history, rows[..., :5], atol=1e-6)
         assert torch.allclose(batch.collaborative, rows[..., -4:], atol=1e-6)
+
+
+def test_an_adapter_learns_from_what_was_taken_what_an_item_that_nobody_met_is_to_whom(tmp_path):
+    """Shoppers keep to one of two styles, of which the item tower's vectors know nothing: they are all the same."""
+    random, style = np.random.default_rng(0), np.arange(ITEMS) % 2
+    user, day = np.repeat(np.arange(SHOPPERS), 8), np.tile(np.arange(8), SHOPPERS)
+    met = 2 * random.integers(0, ITEMS // 2 - 1, len(user)) + user % 2  # never the last two items
+    order = np.argsort(day, kind="stable")
+    shop = shop_of(user[order], met[order], day[order], ITEMS)
+    same = np.full((ITEMS, 5), 5**-0.5, dtype=np.float32)
+    words = (3 + style).astype(np.int32)[:, None]
+    shop = replace(shop, vectors=same, items=replace(shop.items, std=words))
+
+    torch.manual_seed(0)
+    tower = UserTower(UserTowerConfig(ITEMS, 5, shop.popularity.width, 0, 3, 0, True, 5, 3, width=16, heads=2))
+    given = UserOptions(_env_file=None, epochs=8, batch_size=16, learning_rate=0.01, checkpoint_seconds=0)
+    no_profiles = np.zeros((SHOPPERS, 0), dtype=np.float32)
+    learn(tower.train(), shop, given, no_profiles, shop.now, tmp_path, "user")
+    users, now = np.arange(SHOPPERS), np.full(SHOPPERS, shop.now)
+    popularity, index = shop.popularity_as_of(shop.now), shop.history_as_of(users, shop.now, 5)
+    with torch.no_grad():
+        query = tower.eval()(shop.user_batch(tower, index, users, np.zeros_like(users), now, no_profiles, popularity))
+        scores = (query @ item_keys(tower, shop, popularity)[-2:].T).numpy()
+    assert (scores.argmax(axis=1) == users % 2).mean() > 0.9
 
 
 def softmax_of(shop: ShopData, tower: UserTower, given: UserOptions, end: float) -> SampledSoftmax:
