@@ -98,7 +98,7 @@ def new_shop(new_database: NewDatabase) -> Iterator[NewShop]:
         extract_features.main(extract_features.ExtractOptions(**common))
         train_simcse.main(train_simcse.SimcseOptions(**common, epochs=4, batch_size=64))
         # So few events hold next to no request without a past: what context and body alone say is then learned of forgotten ones.
-        # Without the adapter, which test_new_goods.py has: with it the reranker betters nothing in so small a shop, and is not trusted.
+        # Without the adapter, which test_new_goods.py has: with it the reranker betters nothing in so small a shop, and is off.
         train_user.main(
             train_user.UserOptions(
                 **common, epochs=6, batch_size=128, learning_rate=3e-3, history=10, forget=0.3, adapter=False
