@@ -49,14 +49,7 @@ def test_new_goods_of_an_unseen_style_reach_those_whose_taste_they_fit(database_
     )
     train_user.main(
         train_user.UserOptions(
-            **common,
-            epochs=9,
-            patience=9,
-            batch_size=128,
-            learning_rate=3e-3,
-            history=10,
-            collaborative=8,
-            refit=False,
+            **common, epochs=9, patience=9, batch_size=128, learning_rate=3e-3, history=10, collaborative=8, refit=False
         )
     )
     train_reranker.main(train_reranker.RerankerOptions(**common, epochs=2))
