@@ -21,7 +21,10 @@ TOGETHER = "PROMETHEUS_MULTIPROC_DIR"  # by which prometheus_client decides when
 def make_folder() -> None:
     """Of the files in which workers count together; prometheus_client does not make it. Call it before anything can count. Ends the
     process, with a line for people, when nothing can be written there."""
-    if folder := os.environ.get(TOGETHER):
+    folder = os.environ.get(TOGETHER)
+    if folder == "":  # prometheus_client would count in the working folder
+        sys.exit(f"{TOGETHER}: no folder is named; name one that can be written, or leave the variable out")
+    if folder is not None:
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
             TemporaryFile(dir=folder).close()

@@ -47,8 +47,8 @@ def serving(environment: Mapping[str, str], *arguments: str) -> Iterator[tuple[s
 
 
 def recommend(client: httpx.Client, **body: Any) -> dict[str, Any]:
-    """The answer of a request for a list that is answered."""
-    answer = client.post("/recommend", json=body)
+    """The answer of a request for a list that is answered, by whichever worker takes it."""
+    answer = client.post("/recommend", json=body, headers=FRESH)
     assert answer.status_code == 200, answer.text
     return answer.json()
 

@@ -37,7 +37,7 @@ from release import Release
 from settings import Settings
 from store import LONGEST_WAIT, Impression, Store
 from tests.releases import copy_release
-from tests.serving import DEADLINE, FRESH, environment_of, eventually, metric, serving
+from tests.serving import DEADLINE, FRESH, environment_of, eventually, metric, recommend, serving
 from text_encoder import TextEncoder
 
 T0 = datetime(2026, 6, 1, 12, tzinfo=UTC)
@@ -303,12 +303,6 @@ def arms_of(shop) -> list[dict]:
         {"name": "control", "release": first, "share": 0.5},
         {"name": "half", "release": "second", "share": 0.5},
     ]
-
-
-def recommend(client, **body):
-    answer = client.post("/recommend", json=body, headers=FRESH)
-    assert answer.status_code == 200, answer.text
-    return answer.json()
 
 
 @pytest.fixture

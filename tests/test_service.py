@@ -273,14 +273,17 @@ def test_workers_that_share_a_folder_count_together_and_a_killed_one_is_not_forg
         eventually(lambda: counted() == {(20.0, 1.0)})
 
 
-def test_a_folder_to_count_in_that_cannot_be_one_ends_the_start_with_a_line_for_people(tmp_path):
+@pytest.mark.parametrize(
+    ("folder", "said"), [("{}/file", "workers cannot count together in {}/file ("), ("", "no folder is named; ")]
+)
+def test_a_folder_to_count_in_that_cannot_be_one_ends_the_start_with_a_line_for_people(tmp_path, folder, said):
     (tmp_path / "file").write_text("")
-    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "file")}
+    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": folder.format(tmp_path)}
     command = [sys.executable, "-m", "uvicorn", "api_controller.app:app", "--port", "0"]
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ended.returncode != 0
     (line,) = ended.stderr.splitlines()
-    assert line.startswith(f"PROMETHEUS_MULTIPROC_DIR: workers cannot count together in {tmp_path / 'file'} (")
+    assert line.startswith(f"PROMETHEUS_MULTIPROC_DIR: {said.format(tmp_path)}")
 
 
 def test_a_context_that_was_read_before_is_counted_as_known(client):
