@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 gc.disable()  # what is imported stays: to go through it over and over meanwhile takes a good part of the start
 # ruff: noqa: E402
@@ -32,6 +33,7 @@ from api_controller import experiments, goods, impressions, lists, releases, rul
 from api_controller.access import ADMIN, OPEN, told_to_listen
 from api_controller.limits import BodyLimit
 from api_controller.metrics import exposition, make_folder
+from api_controller.refusals import ANY
 from api_controller.schemas import Health
 from api_controller.service import Service, ServiceDep
 from release import Release
@@ -121,8 +123,25 @@ app.add_middleware(
 async def invalid(request: Request, error: Exception) -> JSONResponse:
     """422 with the field and the reason. The bad value itself is left out: NaN is no JSON."""
     assert isinstance(error, RequestValidationError)
-    detail = [{"loc": list(part["loc"]), "msg": part["msg"], "type": part["type"]} for part in error.errors()]
+    detail = [{"loc": list(part["loc"]), "msg": _reason(part), "type": part["type"]} for part in error.errors()]
     return JSONResponse({"detail": detail}, status_code=422)
+
+
+def _reason(part: dict[str, Any]) -> str:
+    """FastAPI keeps to itself what is wrong with JSON."""
+    if part["type"] == "json_invalid" and "ctx" in part:
+        return f"not valid JSON: {part['ctx']['error']}"
+    return str(part["msg"])
+
+
+@app.exception_handler(400)
+async def unreadable(request: Request, error: Exception) -> JSONResponse:
+    """FastAPI's word for a body that it cannot take apart; it does not say why."""
+    reasons = {UnicodeDecodeError: "it is not UTF-8", RecursionError: "it is nested too deeply"}
+    reason = reasons.get(type(error.__cause__), "it cannot be read")
+    return JSONResponse(
+        {"detail": [{"loc": ["body"], "msg": f"not valid JSON: {reason}", "type": "json_invalid"}]}, 422
+    )
 
 
 @app.get("/", dependencies=[OPEN])
@@ -147,7 +166,7 @@ async def ready(service: ServiceDep, response: Response) -> Health:
     return Health(status="ready", release=Release.current(service.settings.models_dir), warnings=warnings)
 
 
-@app.get("/metrics", dependencies=[ADMIN])
+@app.get("/metrics", dependencies=[ADMIN], responses=ANY)
 async def metrics(service: ServiceDep) -> Response:
     """Prometheus: of this worker, or of all if they were given a folder to count in (docs/deploy.md)."""
     said = exposition(service.registry, service.settings.models_dir, bool(service.access.warning))
@@ -155,4 +174,4 @@ async def metrics(service: ServiceDep) -> Response:
 
 
 for routes in (lists, goods, shoppers, rules, impressions, experiments, releases):
-    app.include_router(routes.router)
+    app.include_router(routes.router, responses=ANY)

@@ -12,6 +12,7 @@ from fastapi import APIRouter, HTTPException, Query
 
 import recommender as pipeline
 from api_controller.access import ADMIN
+from api_controller.refusals import CONFLICT, MISSING, invalid
 from api_controller.schemas import (
     AnsweredByBody,
     ArmReport,
@@ -107,7 +108,7 @@ def log_list(
 
 
 # ------------------------------------------------------------------------------------------------------------- routes
-@router.put("/experiments/{name}")
+@router.put("/experiments/{name}", responses=CONFLICT)
 async def start(name: ExperimentName, body: ExperimentBody, service: ServiceDep) -> StartedExperiment:
     """Start an experiment, as a new version. The same again while it runs changes nothing; other arms stop it and start the
     next version. One experiment runs at a time."""
@@ -118,22 +119,22 @@ async def start(name: ExperimentName, body: ExperimentBody, service: ServiceDep)
         )
     releases = {arm.release for arm in body.arms if arm.release is not None}
     if len(releases) > MAX_RELEASES:
-        raise _refused(["body", "arms"], f"{len(releases)} releases; at most {MAX_RELEASES} answer side by side")
+        raise invalid((["body", "arms"], f"{len(releases)} releases; at most {MAX_RELEASES} answer side by side"))
 
     def work() -> Experiment | None:
         for number, arm in enumerate(body.arms):
             rules = recommender.rules(arm.rules or DEFAULT)
             if rules is None and arm.rules not in (None, DEFAULT):
-                raise _refused(["body", "arms", number, "rules"], f"no rules of the name {arm.rules!r} are live")
+                raise invalid((["body", "arms", number, "rules"], f"no rules of the name {arm.rules!r} are live"))
             if rules is not None and rules.problem:
-                raise _refused(
-                    ["body", "arms", number, "rules"], f"the rules {rules.name!r} cannot be read: {rules.problem}"
+                raise invalid(
+                    (["body", "arms", number, "rules"], f"the rules {rules.name!r} cannot be read: {rules.problem}")
                 )
             try:
                 if arm.release is not None:
                     recommender.releases.check(arm.release)
             except UserError as error:
-                raise _refused(["body", "arms", number, "release"], str(error)) from error
+                raise invalid((["body", "arms", number, "release"], str(error))) from error
         return store.experiments.start(name, body.arms, body.note)
 
     started = await service.run(work)
@@ -142,7 +143,7 @@ async def start(name: ExperimentName, body: ExperimentBody, service: ServiceDep)
     return StartedExperiment(**vars(started))
 
 
-@router.post("/experiments/{name}/stop")
+@router.post("/experiments/{name}/stop", responses=MISSING)
 async def stop(name: ExperimentName, service: ServiceDep) -> StartedExperiment:
     """Stop an experiment: from now on everybody is answered by the live release. Stopped already, it stays as it is."""
     store, _ = service.parts()
@@ -159,7 +160,7 @@ async def experiments(service: ServiceDep) -> list[StartedExperiment]:
     return [StartedExperiment(**vars(one)) for one in await service.run(store.experiments.read)]
 
 
-@router.get("/experiments/{name}/report")
+@router.get("/experiments/{name}/report", responses=MISSING)
 async def report(
     name: ExperimentName, service: ServiceDep, version: Annotated[int | None, Query(ge=1, le=2**31 - 1)] = None
 ) -> ReportAnswer:
@@ -213,10 +214,6 @@ def _rates(rates: dict[str, Rate]) -> dict[str, RateBody | None]:
 def _interval(rate: Rate) -> dict[str, float | None]:
     low, high = rate.interval()
     return {"value": rate.value, "low": low, "high": high}
-
-
-def _refused(place: list[str | int], reason: str) -> HTTPException:
-    return HTTPException(422, [{"loc": place, "msg": reason}])
 
 
 def _unknown(name: str) -> HTTPException:

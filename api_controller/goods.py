@@ -8,6 +8,7 @@ from fastapi import APIRouter, HTTPException, Request
 from pydantic import TypeAdapter
 
 from api_controller.access import ADMIN, PUBLIC
+from api_controller.refusals import MISSING, unavailable
 from api_controller.rows import read_rows, rows_body
 from api_controller.schemas import (
     MAX_LIST,
@@ -19,7 +20,7 @@ from api_controller.schemas import (
     ProductsAnswer,
     RefusedBody,
 )
-from api_controller.service import Service, ServiceDep, unavailable
+from api_controller.service import Service, ServiceDep
 from catalog import RawProduct, Rejected
 from settings import UserError
 
@@ -32,7 +33,7 @@ PRODUCT_EXAMPLE: list[Any] = [
 ]
 
 
-@router.get("/items/{product_id}", dependencies=[PUBLIC])
+@router.get("/items/{product_id}", dependencies=[PUBLIC], responses=MISSING)
 async def item(product_id: ProductId, service: ServiceDep) -> ProductAnswer:
     store, _ = service.parts()
     stored = await service.run(lambda: store.products.get(product_id))
@@ -77,7 +78,7 @@ def _refused_value(place: int, value: Rejected) -> RefusedBody:
     return RefusedBody(index=place, what=what, reason=f"{reason}: {value.raw}")
 
 
-@router.delete("/products/{product_id}", dependencies=[ADMIN])
+@router.delete("/products/{product_id}", dependencies=[ADMIN], responses=MISSING)
 async def delete(product_id: ProductId, service: ServiceDep) -> DeletedAnswer:
     """Take a product out of every answer at once. What shoppers did with it stays known."""
     answer = await _delete([product_id], service)

@@ -11,6 +11,7 @@ from fastapi import APIRouter, HTTPException, Query, Request, Response
 import recommender as pipeline
 from api_controller.access import PUBLIC, GivenKey, ShopperToken
 from api_controller.experiments import Assignment, assign, log_list
+from api_controller.refusals import MISSING, invalid
 from api_controller.rules import check
 from api_controller.schemas import NeighbourBody, ProductId, RecommendAnswer, RecommendBody
 from api_controller.service import Service, ServiceDep
@@ -26,7 +27,7 @@ router = APIRouter(tags=["lists"])
 TRIED = "tried"  # the name of rules that came with the request
 
 
-@router.post("/recommend", dependencies=[PUBLIC], response_model=RecommendAnswer)
+@router.post("/recommend", dependencies=[PUBLIC], response_model=RecommendAnswer, responses=MISSING)
 async def recommend(
     body: RecommendBody, service: ServiceDep, asked: Request, key: GivenKey, token: ShopperToken = None
 ) -> Response:
@@ -65,7 +66,7 @@ async def recommend(
     try:
         assignment, answer = await service.run(work)
     except RequestError as error:
-        raise HTTPException(422, [{"loc": ["body", error.field], "msg": str(error)}]) from error
+        raise invalid((["body", error.field], str(error))) from error
     except UnknownProductError as error:
         raise HTTPException(404, f"no product {body.product_id!r} in the live release") from error
     service.lists.labels(answer.kind).inc()
@@ -114,9 +115,7 @@ def _rules(
         return named, []
     named = recommender.rules(body.rule_set)
     if named is None and body.rule_set != DEFAULT:
-        raise HTTPException(
-            422, [{"loc": ["body", "rule_set"], "msg": f"no rules of the name {body.rule_set!r} are live"}]
-        )
+        raise invalid((["body", "rule_set"], f"no rules of the name {body.rule_set!r} are live"))
     return named, []
 
 
@@ -138,15 +137,15 @@ def _known_values(recommender: pipeline.Recommender, part: str, std: dict[str, l
     for field, values in std.items():
         place = ["body", "filters", part, field]
         if field not in allowed:
-            raise HTTPException(422, [{"loc": place, "msg": f"no such field; there are {sorted(allowed)}"}])
+            raise invalid((place, f"no such field; there are {sorted(allowed)}"))
         unknown = [value for value in values if normalise(value) not in allowed[field]]
         if unknown:
-            raise HTTPException(422, [{"loc": place, "msg": f"{unknown[0]!r} is no value of {field}"}])
+            raise invalid((place, f"{unknown[0]!r} is no value of {field}"))
         found[field] = [allowed[field][normalise(value)] for value in values]
     return found
 
 
-@router.get("/items/{product_id}/similar", dependencies=[PUBLIC])
+@router.get("/items/{product_id}/similar", dependencies=[PUBLIC], responses=MISSING)
 async def similar(
     product_id: ProductId, service: ServiceDep, k: Annotated[int, Query(ge=1, le=100)] = 20
 ) -> list[NeighbourBody]:

@@ -12,8 +12,9 @@ from fastapi import APIRouter, HTTPException, Query
 
 import release as releases
 from api_controller.access import ADMIN
+from api_controller.refusals import CONFLICT, MISSING, unavailable
 from api_controller.schemas import ReleaseAnswer, ReleaseName
-from api_controller.service import Service, ServiceDep, unavailable
+from api_controller.service import Service, ServiceDep
 from loaded_release import UnavailableError
 from recommender import Recommender
 from release import PARTS, Release
@@ -38,7 +39,7 @@ async def every(service: ServiceDep) -> list[ReleaseAnswer]:
     return await service.run(lambda: [described(service, name) for name in Release.names(models_dir)])
 
 
-@router.post("/{name}/live")
+@router.post("/{name}/live", responses=MISSING | CONFLICT)
 async def promote(name: ReleaseName, service: ServiceDep, leaving: Leaving = None) -> ReleaseAnswer:
     """Make a release live. The next answer is its; nothing is restarted. Twice is the same as once."""
     store, recommender = service.parts()
@@ -53,7 +54,7 @@ async def promote(name: ReleaseName, service: ServiceDep, leaving: Leaving = Non
     return await moved(service, recommender, work)
 
 
-@router.post("/rollback")
+@router.post("/rollback", responses=CONFLICT)
 async def rollback(service: ServiceDep, leaving: Leaving = None) -> ReleaseAnswer:
     """Make live what was live before. Once more goes back one more, unless `from` names the release to leave: then twice is the
     same as once."""

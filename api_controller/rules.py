@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, HTTPException, Path
 
 from api_controller.access import ADMIN
+from api_controller.refusals import CONFLICT, MISSING, invalid, unavailable
 from api_controller.schemas import (
     RulesAnswer,
     RulesBody,
@@ -17,7 +18,7 @@ from api_controller.schemas import (
     RulesTurnBody,
     RulesVersionBody,
 )
-from api_controller.service import ServiceDep, unavailable
+from api_controller.service import ServiceDep
 from catalog import Identifier
 from conditions import OfGroups, OfProducts, OfRe
 from conditions import Path as PathInJson
@@ -59,7 +60,7 @@ def check(store: Store, rules: RuleSet) -> tuple[RuleSet, list[str]]:
     there = store.products.existing({product for _, product in products}) if products else set()
     unknown += [(place, f"there is no product {product!r}") for place, product in products if product not in there]
     if unknown:
-        raise HTTPException(422, [{"loc": list(place), "msg": reason} for place, reason in unknown])
+        raise invalid(*unknown)
     warnings = []
     for field, values in words.items():
         has = store.products.open_values(field, values)
@@ -80,7 +81,7 @@ async def versions(service: ServiceDep, name: Identifier | None = None) -> Rules
     )
 
 
-@router.get("/{version}")
+@router.get("/{version}", responses=MISSING)
 async def version(version: Version, service: ServiceDep, name: Identifier = DEFAULT) -> RulesAnswer:
     store, _ = service.parts()
     found = await service.run(lambda: store.rules.get(name, version))
@@ -111,7 +112,7 @@ async def only_check(body: RulesCheckBody, service: ServiceDep) -> RulesCheckAns
     return RulesCheckAnswer(rules=[rule.title() for rule in rules.root], warnings=warnings)
 
 
-@router.post("/{version}/live")
+@router.post("/{version}/live", responses=MISSING | CONFLICT)
 async def make_live(version: Version, body: RulesLiveBody, service: ServiceDep) -> RulesVersionBody:
     """Make any version the live one, an earlier one too: a rollback."""
     store, _ = service.parts()

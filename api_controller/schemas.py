@@ -332,6 +332,20 @@ class RulesCheckAnswer(BaseModel):
     warnings: list[str]
 
 
+class Refusal(BaseModel):
+    detail: str  # why, in words for people
+
+
+class WrongValue(BaseModel):
+    loc: list[str | int]  # its place: "body" or "query" or "path", then names and numbers of rows
+    msg: str
+    type: str  # as pydantic names kinds of errors
+
+
+class Invalid(BaseModel):
+    detail: list[WrongValue]
+
+
 class Health(BaseModel):
     status: str
     release: str | None = None

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 import psycopg
-from fastapi import Depends, HTTPException, Request
+from fastapi import Depends, Request
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 import recommender as pipeline
 from api_controller.access import KEY_SECONDS, Access
 from api_controller.impression_log import ImpressionLog
+from api_controller.refusals import invalid, unavailable
 from api_controller.schemas import MAX_LIST
 from experiments import Experiment
 from lexicon import Lexicon
@@ -248,10 +249,6 @@ class Service:
         return self.store, self.recommender
 
 
-def unavailable(reason: str) -> HTTPException:
-    return HTTPException(503, reason, headers={"Retry-After": "2"})
-
-
 async def get_service(request: Request) -> Service:  # a plain function would be called in a thread of its own
     service: Service = request.app.state.service
     return service
@@ -263,5 +260,5 @@ ServiceDep = Annotated[Service, Depends(get_service)]
 def listed(body: Result | list[Result]) -> list[Result]:
     given = body if isinstance(body, list) else [body]
     if len(given) > MAX_LIST:
-        raise HTTPException(422, [{"loc": ["body"], "msg": f"{len(given)} rows; at most {MAX_LIST} at once"}])
+        raise invalid((["body"], f"{len(given)} rows; at most {MAX_LIST} at once"), kind="too_long")
     return given

@@ -8,6 +8,7 @@ from fastapi import APIRouter, HTTPException, Request
 from pydantic import TypeAdapter
 
 from api_controller.access import ADMIN, PUBLIC, GivenKey, ShopperToken
+from api_controller.refusals import CONFLICT, MISSING
 from api_controller.rows import read_rows, rows_body
 from api_controller.schemas import (
     EventsAnswer,
@@ -82,7 +83,7 @@ async def user(user_id: UserId, body: ProfileBody, service: ServiceDep) -> User:
     return stored
 
 
-@router.get("/users/{user_id}", dependencies=[ADMIN])
+@router.get("/users/{user_id}", dependencies=[ADMIN], responses=MISSING)
 async def known_user(user_id: UserId, service: ServiceDep) -> UserAnswer:
     """What is known of a shopper."""
     store, _ = service.parts()
@@ -92,7 +93,7 @@ async def known_user(user_id: UserId, service: ServiceDep) -> UserAnswer:
     return UserAnswer(user_id=user_id, **vars(summary))
 
 
-@router.post("/users/{user_id}/merge", dependencies=[ADMIN])
+@router.post("/users/{user_id}/merge", dependencies=[ADMIN], responses=CONFLICT)
 async def merge(user_id: UserId, body: MergeBody, service: ServiceDep) -> MergedAnswer:
     """At login: what the session did, and what arrives of it later, is the user's. Twice is the same as once."""
     store, _ = service.parts()
@@ -112,7 +113,7 @@ async def forget(user_id: UserId, service: ServiceDep) -> ForgottenAnswer:
     return await forgotten(service, user_id, "user")
 
 
-@router.delete("/sessions/{session_id}", dependencies=[ADMIN])
+@router.delete("/sessions/{session_id}", dependencies=[ADMIN], responses=CONFLICT)
 async def forget_session(session_id: SessionId, service: ServiceDep) -> ForgottenAnswer:
     """Remove every trace of a session that is nobody's. One that was merged into a user is a 409: it goes
     with DELETE /users/{id}."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,11 +12,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 
+from api_controller.app import app
 from settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -37,13 +42,42 @@ def serving(environment: Mapping[str, str], *arguments: str) -> Iterator[tuple[s
     command = [sys.executable, "-m", "uvicorn", "api_controller.app:app", "--port", str(port), "--log-level", "warning"]
     process = subprocess.Popen([*command, *arguments], cwd=ROOT, env={**os.environ, **environment})
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=DEADLINE) as client:
+        hooks = {"response": [assert_described]}
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=DEADLINE, event_hooks=hooks) as client:
             eventually(lambda: _listens(process, client))
             yield process, client
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         process.wait(DEADLINE)
+
+
+@lru_cache(1)
+def description() -> tuple[dict[str, Any], dict[str, re.Pattern[str]]]:
+    """What the API says of itself, and how the addresses of its routes look; those without a name in them first."""
+    described = app.openapi()
+    paths = sorted(described["paths"], key=lambda path: path.count("{"))
+    return described, {path: re.compile(re.sub(r"\{\w+\}", "[^/]+", path)) for path in paths}
+
+
+def assert_described(response: httpx.Response) -> None:
+    """The API's description has this answer of this route, its status and its form: whoever made a client of it can read it."""
+    described, paths = description()
+    asked = response.request
+    path = next(
+        (path for path, form in paths.items() if form.fullmatch(asked.url.raw_path.decode().partition("?")[0])), None
+    )
+    route = described["paths"].get(path, {}).get(asked.method.lower())
+    if route is None:  # there is no such route
+        return
+    answers = route["responses"]
+    assert str(response.status_code) in answers, (
+        f"{asked.method} {path} answered {response.status_code}: {response.read()!r}"
+    )
+    form = answers[str(response.status_code)].get("content", {}).get("application/json", {}).get("schema")
+    if form and response.headers["content-type"] == "application/json":
+        whole = {**form, "components": described["components"]}
+        jsonschema.validate(json.loads(response.read()), whole, jsonschema.Draft202012Validator)
 
 
 def recommend(client: httpx.Client, **body: Any) -> dict[str, Any]:

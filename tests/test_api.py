@@ -64,10 +64,19 @@ def test_a_bad_value_is_a_422_that_names_the_field(service, body, field):
     assert field in {part for error in answer.json()["detail"] for part in error["loc"]}
 
 
-@pytest.mark.parametrize("content", [b"{", b'{"profile": {"height_cm": NaN}}', b"[" * 100_000, b"\xff"])
-def test_broken_json_is_never_a_500(service, content):
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"{", "not valid JSON: Expecting property name"),
+        (b'{"profile": {"height_cm": NaN}}', "a finite number"),
+        (b"[" * 100_000, "not valid JSON: it is nested too deeply"),
+        (b'{"context": "\xff"}', "not valid JSON: it is not UTF-8"),
+    ],
+)
+def test_broken_json_is_a_422_that_says_why(service, content, reason):
     answer = service.post("/recommend", content=content, headers={"Content-Type": "application/json"})
-    assert 400 <= answer.status_code < 500
+    assert answer.status_code == 422
+    assert reason in answer.json()["detail"][0]["msg"]
 
 
 def chunks():
