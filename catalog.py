@@ -85,9 +85,20 @@ Identifier = Annotated[
     str, Field(min_length=1, max_length=MAX_ID), BeforeValidator(_as_text), AfterValidator(_identifier)
 ]
 UserId = Annotated[Identifier, AfterValidator(_user_id)]
+# Where an id may be left out: null, or an empty text, is the same as none.
+MaybeIdentifier = Annotated[
+    str,
+    Field(max_length=MAX_ID),
+    BeforeValidator(lambda value: "" if value is None else _as_text(value)),
+    AfterValidator(_identifier),
+]
 Text = Annotated[str, Field(max_length=MAX_TEXT), AfterValidator(_no_nul)]
 Value = Annotated[str, Field(max_length=MAX_ID), BeforeValidator(_as_text), AfterValidator(_no_nul)]
-Values = Annotated[list[Value], Field(max_length=MAX_VALUES), BeforeValidator(_as_list)]
+Values = Annotated[
+    list[Value],
+    Field(max_length=MAX_VALUES),
+    BeforeValidator(_as_list, json_schema_input_type=Value | Annotated[list[Value], Field(max_length=MAX_VALUES)]),
+]
 Moment = Annotated[datetime, AfterValidator(_utc)]
 Number = Annotated[float, AfterValidator(_finite)]
 Price = Annotated[float, Field(ge=0), AfterValidator(_finite)]
@@ -145,19 +156,17 @@ class Event(_Record):
     """
 
     session_id: Identifier | None = Field(None, description="instead of user_id, of a shopper who has not logged in")
-    user_id: Annotated[
-        str,
-        Field(max_length=MAX_ID),
-        BeforeValidator(lambda value: "" if value is None else _as_text(value)),
-        AfterValidator(_identifier),
-        AfterValidator(_user_id),
-    ] = Field("", validate_default=True, description="counts, where session_id is given too")
+    user_id: Annotated[MaybeIdentifier, AfterValidator(_user_id)] = Field(
+        "", validate_default=True, description="counts, where session_id is given too"
+    )
     product_id: Identifier
     kind: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")] = "view"
     at: Moment
     context: Text = Field("", description="the cart concept or occasion in words, if the shopper gave one")
-    event_id: Identifier = ""
-    list_id: Identifier = Field("", description="of the answer of /recommend that showed the product, if it was one")
+    event_id: MaybeIdentifier = ""
+    list_id: MaybeIdentifier = Field(
+        "", description="of the answer of /recommend that showed the product, if it was one"
+    )
 
     @field_validator("user_id", mode="after")
     @classmethod

@@ -64,7 +64,7 @@ def read_rows(body: bytes, adapter: TypeAdapter[Row], most: int) -> Given[Row]:
 
 def rows_body(model: type[BaseModel], most: int, examples: list[Any]) -> dict[str, Any]:
     """What the interactive pages say of a body that `read_rows` reads."""
-    row = model.model_json_schema()
+    row = {"$ref": f"#/components/schemas/{model.__name__}"}
     schema = {"anyOf": [row, {"type": "array", "items": row, "maxItems": most}], "examples": examples}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 

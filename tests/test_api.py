@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from tests.serving import serving
@@ -96,6 +99,28 @@ def test_events_on_products_that_are_not_there_are_refused_and_nothing_is_stored
     assert answer.status_code == 200
     refused = [{"index": 0, "what": "product_id", "reason": "unknown product"}]
     assert answer.json() == {"stored": 0, "duplicates": 0, "refused": refused}
+
+
+def test_the_description_is_whole_and_its_examples_fit_it(service):
+    """What generators of clients need: every model that is named is there, and none by two names."""
+    described = service.get("/openapi.json").json()
+    models = described["components"]["schemas"]
+    named = set(re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(described)))
+    assert {"Event", "RawProduct"} <= named <= models.keys()
+    titles = [model.get("title", name) for name, model in models.items()]
+    assert len(titles) == len(set(titles))
+    bodies = [
+        route["requestBody"]
+        for path in described["paths"].values()
+        for route in path.values()
+        if "requestBody" in route
+    ]
+    for body in bodies:
+        form = body["content"]["application/json"]["schema"]
+        for example in form.get("examples", []):
+            jsonschema.validate(
+                example, {**form, "components": described["components"]}, jsonschema.Draft202012Validator
+            )
 
 
 def test_a_row_of_a_nest_too_deep_to_be_written_is_refused_like_any_other(service):

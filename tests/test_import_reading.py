@@ -335,3 +335,10 @@ def test_the_same_act_at_the_same_moment_has_the_same_id():
     first, second, other = accepted["event_id"]
     assert first == second != other
     assert first == Event(user_id="u", product_id="p", at=date(2020, 1, 2)).event_id
+
+
+@pytest.mark.parametrize("none", [None, ""])
+def test_an_id_that_is_null_or_empty_is_none(none):
+    """As clients send it whose language has no way to leave a field out."""
+    act = {"user_id": "u", "product_id": "p", "at": date(2020, 1, 2)}
+    assert Event(**act, event_id=none, list_id=none) == Event(**act)
