@@ -169,9 +169,11 @@ class Summary:
 
     def lines(self, fields: Iterable[str]) -> list[str]:
         """A report for people."""
+        if not self.read:
+            return [f"products read: 0, unchanged: {self.skipped:,}"]
         return [
             f"products read: {self.read:,}, unchanged: {self.skipped:,}",
-            *(f"  {name:<20} {self.covered[name] / max(1, self.read):6.1%}" for name in fields),
+            *(f"  {name:<20} {self.covered[name] / self.read:6.1%}" for name in fields),
             f"values: {self.sources.total():,}",
             *(f"  {count:,} by the {source}" for source, count in self.sources.most_common()),
             f"quarantined: {self.rejected.total():,}",

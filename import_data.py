@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from catalog import EARLIEST, Rejected, oldest_event
 from datasets import Source, aihub, hm, jsonl, myntra, rent_the_runway, s3rec, sample_shop
+from lexicon import LEXICON
 from settings import Settings, UserError, run_script
 from store import Store
 from store.imports import ImportReport, ImportSession
@@ -45,6 +46,7 @@ class ImportOptions(Settings):
         description="what to import: the built-in sample shop, your own files (jsonl) or a public data set"
     )
     folder: CliPositionalArg[Path | None] = Field(None, description="where its files are; see docs/data.md")
+    lexicon: Path = Field(LEXICON, description="whose fields a shop of your own without a schema is read for")
     until: date | None = Field(
         None, description="leave out what happened on this day and later, for an evaluation on these days"
     )
@@ -104,6 +106,8 @@ def report_lines(report: ImportReport, seconds: float) -> list[str]:
 
 def main(options: ImportOptions) -> None:
     reader = READERS[options.source]
+    if options.source == "jsonl":
+        reader = partial(jsonl.read, lexicon=options.lexicon)
     if options.source == "hm":
         reader = partial(hm.read, prices_before=options.until)
     started = time.monotonic()

@@ -22,7 +22,7 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from html import unescape
@@ -36,7 +36,9 @@ from catalog import FeatureSchema
 from settings import UserError
 from vocab import normalise, split_values
 
+LEXICON = Path(__file__).with_name("lexicon.json")
 WORD_FIELD = "word"  # an open field of this name takes the description's words that no other field took
+SPOKEN_OF = 0.02  # share of the products that name a value of a field, for it to be one of the shop's
 MAX_WORDS = 12  # of the field `word`: enough for a product's own vocabulary, short enough for attention
 
 _LETTER = "a-zß-ɏ"  # Latin with accents, after case folding
@@ -309,6 +311,20 @@ class Lexicon:
         if bound is None or (bound.schema is not schema and bound.schema != schema):
             self._bound = bound = _bind(self.content, schema)
         return bound
+
+    def fields_of(self, texts: Sequence[tuple[str, str]], attributes: Iterable[str]) -> FeatureSchema:
+        """What products speak of in their titles and descriptions, as a schema for a shop that has none: the fields of which
+        SPOKEN_OF of them name a value, but those that `attributes` of the shop mean already. A field of which a product has one
+        value is closed, to all the values of the lexicon; one of which it may have many is open."""
+        fields = self.content.fields
+        one = {name: list(field.values) for name, field in fields.items() if field.pick != "all"}
+        bound = _bind(self.content, FeatureSchema(std=one, re=[name for name in fields if name not in one]))
+        held = {bound.field_of(attribute) for attribute in attributes}
+        named = Counter(name for title, description in texts for name in bound.read(title, description, fields))
+        kept = [name for name in fields if name not in held and named[name] >= max(1, SPOKEN_OF * len(texts))]
+        return FeatureSchema(
+            std={name: one[name] for name in kept if name in one}, re=[name for name in kept if name not in one]
+        )
 
 
 def _bind(content: LexiconFile, schema: FeatureSchema) -> BoundLexicon:

@@ -21,7 +21,7 @@ from pydantic import Field, SecretStr
 
 from catalog import FeatureSchema, RawProduct, Rejected
 from embedded_llm import EmbeddedSettings
-from lexicon import WORD_FIELD, Lexicon, fold, plain_text, says
+from lexicon import LEXICON, WORD_FIELD, Lexicon, fold, plain_text, says
 from neighbours import Neighbours
 from store.cache import Cache
 from vocab import normalise
@@ -43,7 +43,7 @@ class ReaderSettings(EmbeddedSettings):
     reader: Literal["seller", "lexicon", "endpoint", "embedded"] = Field(
         "lexicon", description="who reads titles and descriptions; seller: nobody, attributes alone count"
     )
-    lexicon: Path = Field(Path(__file__).with_name("lexicon.json"), description="the words of the shop's features")
+    lexicon: Path = Field(LEXICON, description="the words of the shop's features")
     extract_url: str = Field("", description="OpenAI-compatible endpoint, such as http://127.0.0.1:8080/v1")
     extract_model: str = Field("", description="model name as that endpoint knows it")
     extract_key: SecretStr = Field(SecretStr(""), description="API key, if the endpoint wants one")

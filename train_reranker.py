@@ -127,9 +127,10 @@ class Lists:
         return np.asarray((self.place > 0).any(axis=1))
 
     def counts(self, which: np.ndarray) -> np.ndarray:
-        """Which candidates the shopper chose among: all of a replayed list, what was seen of a shown one. bool [K, N]"""
+        """Which candidates the shopper chose among: all of a replayed list but what was met before, which fills it up in a small
+        shop; what was seen of a shown one. bool [K, N]"""
         seen = self.place[which] > 0
-        return np.asarray(seen | ~seen.any(axis=1, keepdims=True))
+        return np.asarray((seen | ~seen.any(axis=1, keepdims=True)) & np.isfinite(self.found.scores[which]))
 
     def weights(self, which: np.ndarray) -> np.ndarray:
         """Of the lists `which`, so that shoppers with a history and strangers count the same: float64 [K], with a sum of K.
@@ -208,8 +209,11 @@ class ListFeatures:
         found = lists.found.take(which)
         rows = found.rows
         index_rows = np.stack([self.keys[moment][items] for moment, items in zip(as_of, rows, strict=True)])
+        # What was met before is not there when serving: it must not move the mean from which scores count.
+        there = np.isfinite(found.scores)
+        mean = np.mean(found.scores, axis=1, where=there, keepdims=True)
         candidates = Candidates(
-            found.queries, index_rows, found.scores, found.together, found.variant, shop.items.std[rows],
+            found.queries, index_rows, np.where(there, found.scores, mean), found.together, found.variant, shop.items.std[rows],
             shop.items.re[rows], shop.price[rows],
         )  # fmt: skip
         past = self._past(users, lists.at[which], as_of)

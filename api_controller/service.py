@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import Annotated, TypeVar
 
 import psycopg
@@ -24,7 +23,7 @@ from api_controller.impression_log import ImpressionLog
 from api_controller.refusals import invalid, unavailable
 from api_controller.schemas import MAX_LIST
 from experiments import Experiment
-from lexicon import Lexicon
+from lexicon import LEXICON, Lexicon
 from loaded_release import UnavailableError
 from readers import LexiconReader
 from rules import Effect
@@ -33,7 +32,6 @@ from store import Store
 from text_encoder import TextEncoder
 
 log = logging.getLogger("styletower")
-LEXICON = Path(__file__).parent.parent / "lexicon.json"
 THREADS = 4
 REHEARSALS = 2  # on each of THREADS connections, which are taken in turn: the first prepares the statements
 MAX_WAITING = 64  # requests in the pool's queue; beyond, 503 at once

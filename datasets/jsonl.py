@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from random import Random
 from typing import Any, TypeVar
 
 import polars as pl
@@ -14,17 +15,19 @@ from catalog import Event, FeatureSchema, RawProduct, Rejected, User
 from datasets import Source
 from datasets.events import EVENT_SCHEMA, checked_events, judged_events
 from datasets.reading import CHUNK_ROWS, find_file, parquet_columns, read_frames, read_objects, validated
+from lexicon import LEXICON, Lexicon
 from settings import UserError
 from vocab import normalise, split_values
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
 MAX_CLOSED_VALUES = 500  # more different values than this are a description, not a choice from a list
+READ_PRODUCTS = 2_000  # whose texts are read to see of what they speak
 MIN_USES = 5  # a value of a closed field is used this often on average; free words mostly stand once or twice
 
 Record = TypeVar("Record", bound=BaseModel)
 
 
-def read(path: Path | None) -> Source:
+def read(path: Path | None, lexicon: Path = LEXICON) -> Source:
     """A folder with any of products, users and events (.jsonl, .jsonl.gz, .parquet), and perhaps schema.json."""
     if path is None or not path.is_dir():
         raise UserError(
@@ -37,8 +40,9 @@ def read(path: Path | None) -> Source:
     inferred = schema is None and products is not None
     notes: tuple[str, ...] = ()
     if schema is None and products is not None:
-        schema = infer_schema(_records(products, RawProduct))
-        notes = _explain(schema)
+        said, read = infer_schema(_records(products, RawProduct), Lexicon.load(lexicon))
+        schema = FeatureSchema(std=said.std | read.std, re=[*said.re, *read.re])
+        notes = _explain(said, read)
         if not (schema.std or schema.re):
             schema = None
     return Source(
@@ -52,13 +56,17 @@ def read(path: Path | None) -> Source:
     )
 
 
-def infer_schema(products: Iterator[RawProduct | Rejected]) -> FeatureSchema:
-    """Attributes whose values are few and repeated become STD with the values seen, the others RE."""
+def infer_schema(products: Iterator[RawProduct | Rejected], lexicon: Lexicon) -> tuple[FeatureSchema, FeatureSchema]:
+    """Two parts of a schema. Of the attributes: those of few and repeated values are STD with the values seen, the others RE.
+    And of what no attribute says, but titles and descriptions do, in words of the lexicon."""
     spellings: dict[str, dict[str, str]] = {}
     uses: dict[str, int] = {}
-    for product in products:
-        if isinstance(product, Rejected):
-            continue
+    texts: list[tuple[str, str]] = []  # of some products, each as likely as any other (Vitter, ACM TOMS 1985)
+    random = Random(0)
+    for number, product in enumerate(found for found in products if not isinstance(found, Rejected)):
+        place = number if number < READ_PRODUCTS else random.randrange(number + 1)
+        if place < READ_PRODUCTS:
+            texts[place : place + 1] = [(product.title, product.description)]
         for name, values in product.attributes.items():
             seen = spellings.setdefault(name, {})
             for value in split_values(values):
@@ -70,15 +78,16 @@ def infer_schema(products: Iterator[RawProduct | Rejected]) -> FeatureSchema:
         for name, seen in spellings.items()
         if 0 < len(seen) <= MAX_CLOSED_VALUES and uses[name] >= MIN_USES * len(seen)
     }
-    return FeatureSchema(std=closed, re=[name for name in spellings if name not in closed])
+    said = FeatureSchema(std=closed, re=[name for name in spellings if name not in closed])
+    return said, lexicon.fields_of(texts, spellings)
 
 
-def _explain(schema: FeatureSchema) -> tuple[str, ...]:
-    closed = ", ".join(f"{name} ({len(values)} values)" for name, values in schema.std.items())
-    return (
-        f"no schema.json; without it, closed fields (STD) inferred from the attributes: {closed or 'none'}",
-        f"open fields (RE): {', '.join(schema.re) or 'none'}; used if the shop has no schema yet",
-    )
+def _explain(said: FeatureSchema, read: FeatureSchema) -> tuple[str, ...]:
+    lines = ["no schema.json; without it, and if the shop has no schema yet, the fields are"]
+    for whence, schema in (("attributes", said), ("titles and descriptions", read)):
+        closed = ", ".join(f"{name} ({len(values)} values)" for name, values in schema.std.items())
+        lines.append(f"  from {whence}: closed (STD): {closed or 'none'}; open (RE): {', '.join(schema.re) or 'none'}")
+    return tuple(lines)
 
 
 def _read_schema(path: Path) -> FeatureSchema | None:

@@ -127,7 +127,9 @@ class Store:
         with self.pool.connection() as connection:
             schema = read_schema(connection)
         if schema is None:
-            raise UserError("the shop has no feature schema yet; import data that brings one (import_data.py)")
+            raise UserError(
+                "the shop has no feature schema yet; import its products, perhaps with a schema.json beside them (docs/data.md)"
+            )
         return schema
 
     def put_schema(self, schema: FeatureSchema) -> None:

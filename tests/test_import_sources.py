@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from catalog import Event, FeatureSchema, RawProduct, Rejected, User
 from datasets import aihub, hm, jsonl, myntra, rent_the_runway, s3rec
 from datasets.events import event_frame
+from lexicon import Lexicon, LexiconFile
 from settings import UserError
 from vocab import normalise
 
@@ -194,11 +195,36 @@ def test_jsonl_infers_which_fields_are_closed(tmp_path):
     source = jsonl.read(tmp_path)
     assert source.schema == FeatureSchema(std={"colour": ["Red", "blue"], "sizes": ["M", "S"]}, re=["note"])
     assert source.schema_is_inferred
-    assert "colour (2 values), sizes (2 values)" in source.notes[0]
-    assert "note" in source.notes[1]
+    assert "colour (2 values), sizes (2 values); open (RE): note" in source.notes[1]
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_shop_of_titles_alone_gets_the_fields_that_they_speak_of(tmp_path):
+    """Of the lexicon's; a field that an attribute means stays the attribute's, and what hardly any title says is no field."""
+    titles = ["Red linen shirt", "린넨 원피스 - 블랙", "Slim fit wool trousers", "Blue dress"]
+    rows = [
+        {
+            "product_id": str(n),
+            "title": titles[n % 4],
+            "description": "waterproof" if n == 7 else "",
+            "attributes": {"Color": "Red"},
+        }
+        for n in range(200)
+    ]
+    write_lines(tmp_path / "products.jsonl", rows)
+    source = jsonl.read(tmp_path)
+    assert source.schema.std.keys() == {"Color", "category"}
+    assert {"shirt", "dress", "t-shirt"} <= set(source.schema.std["category"])  # what no title names yet may come
+    assert set(source.schema.re) == {"material", "fit"}
+    assert "from titles and descriptions: closed (STD): category (" in source.notes[2]
+
+
+def test_titles_that_the_lexicon_does_not_know_make_no_schema(tmp_path):
+    write_lines(tmp_path / "products.jsonl", [{"product_id": "1", "title": "Xqzt 4000"}])
+    assert jsonl.read(tmp_path).schema is None
+
+
+NO_WORDS = Lexicon(LexiconFile(fields={}))
 values = st.lists(st.text("abAB ,-", max_size=4), max_size=3)
 products = st.lists(st.dictionaries(st.sampled_from(["colour", "note", "size"]), values), max_size=30)
 
@@ -206,7 +232,7 @@ products = st.lists(st.dictionaries(st.sampled_from(["colour", "note", "size"]),
 @given(products)
 def test_an_inferred_schema_is_valid_and_covers_every_attribute_and_closed_value(attributes):
     rows = [RawProduct(product_id=str(n), title="x", attributes=given) for n, given in enumerate(attributes)]
-    schema = jsonl.infer_schema(iter(rows))
+    schema, _ = jsonl.infer_schema(iter(rows), NO_WORDS)
     assert set(schema.std) | set(schema.re) == {name for row in rows for name in row.attributes}
     for name, allowed in schema.std.items():
         parts = [

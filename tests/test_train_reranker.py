@@ -340,6 +340,26 @@ def test_lists_of_the_last_days_are_of_a_tower_that_learned_what_was_taken_until
     assert torch.allclose(features.batch(every).item_dense[..., column][near], 4 * before[near], rtol=1e-4)
 
 
+def test_what_was_met_is_no_candidate_where_a_shop_has_fewer_products_than_a_list(new_shop):
+    with new_shop() as shop:
+        with Store.open(shop) as store:
+            release = Release.open(shop.models_dir)
+            data = ShopData.of_release(store, ItemEncoder(release, TextEncoder.load(shop)), release)
+        every_product = options(shop, candidates=len(data.items), moments=1, epochs=1)
+        features, _ = replay(data, release, every_product, [])
+        own, every = features.lists, np.arange(len(features.lists))
+        counts = own.counts(every)
+        for row, (user, _, moment) in enumerate(own.requests):
+            assert set(own.found.rows[row][~counts[row]]) == set(data.seen(user, moment))
+        assert not counts.all()
+        batch = features.batch(every)
+        assert torch.isfinite(batch.item_dense).all()
+        retrieval = batch.item_dense[..., ITEM_DENSE.index("retrieval")].numpy()
+        assert np.mean(retrieval, axis=1, where=counts) == pytest.approx(np.zeros(len(own)), abs=1e-4)
+        train_reranker.main(every_product)
+        assert np.isfinite(Release.open(shop.models_dir).manifest["reranker"]["report"]["best"])
+
+
 def test_what_cannot_be_continued_is_refused_before_the_lists_are_made(shop, monkeypatch):
     checkpoint = Release.open(shop.models_dir).folder / "reranker.checkpoint.pt"
     torch.save({"identity": "of other options"}, checkpoint)
