@@ -56,13 +56,14 @@ from tensors import (
 )
 from text_encoder import TextEncoder
 from train_user import Retrieved, UserOptions, item_keys, learn_on, retrieve
-from training import TrainOptions, check_checkpoint, finish, fit, shuffled_batches
+from training import FitReport, TrainOptions, check_checkpoint, finish, fit, shuffled_batches
 
 STAGE = "reranker"
 NDCG_AT = 12
 SLICES = 4  # at least, into which the held-out days are cut: the last ones judge
 JUDGING = 0.2  # share of the lists at least that judge
 TRUSTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+LEAST_LISTS = 10  # from which something can be learned, and judged
 LEAST_SHARE = 0.1  # of shoppers with a history, or of strangers: fewer would weigh too much each
 # Of the shown lists, the share that a step sees without their places, so that the model does not lean on them alone: the rate of
 # the paper in model_reranker.py.
@@ -280,9 +281,10 @@ def with_contexts(shop: ShopData, contexts: list[str], text_encoder: TextEncoder
 
 def replay(
     shop: ShopData, release: Release, options: RerankerOptions, shown: list[ShownList]
-) -> tuple[ListFeatures, PriceScale]:
+) -> tuple[ListFeatures | None, PriceScale]:
     """Retrieve candidates for the requests of the held-out days, as of `moments` moments in them, in the end with a user tower that
-    learned all until then: for lists that were shown, and for what shoppers took in a stretch in which they were shown none."""
+    learned all until then: for lists that were shown, and for what shoppers took in a stretch in which they were shown none. None
+    where fewer than LEAST_LISTS hold what was taken."""
     part = release.manifest["user_tower"]
     start, end = part["validation_start"], shop.now
     tower = release.aligned_user_tower(shop.items.product_ids, USER_TOWER_HOLDOUT)
@@ -333,14 +335,10 @@ def replay(
             with torch.no_grad():
                 popularity = shop.popularity_as_of(moment)
                 keys[moment] = item_keys(tower, shop, popularity).numpy()
-    lists = Lists.joined(found) if found else None
-    if lists is None or len(lists) < 10:
-        raise UserError(
-            f"only {0 if lists is None else len(lists)} lists hold what the shopper took; "
-            "import more events or raise --validation-share of train_user.py"
-        )
     prices = PriceScale.fit(shop.price)
-    features = ListFeatures(shop, lists, profiles, prices, release)
+    if sum(map(len, found)) < LEAST_LISTS:
+        return None, prices
+    features = ListFeatures(shop, Lists.joined(found), profiles, prices, release)
     features.keys = keys
     return features, prices
 
@@ -380,21 +378,18 @@ def main(options: RerankerOptions) -> None:
         print(why)
     shop = with_contexts(shop, [one.context for one in shown], encoder.text_encoder)
     features, prices = replay(shop, release, options, shown)
-    lists = features.lists
-    if shown and PartialState().is_main_process:
-        print(f"impressions: {lists.shown.sum()} of them hold something seen and not taken that is still sold")
-    with_places = bool(lists.shown.any())
-    metric = f"ndcg@{NDCG_AT}" + (" with impressions" if with_places else "")  # not to be compared with one without
+    tower = release.user_tower().config
 
-    config = RerankerConfig(
-        std_rows=len(encoder.std_vocab), re_rows=len(encoder.re_vocab), std_slots=encoder.layout.std_slots,
-        re_slots=encoder.layout.re_slots, history_ids=MAX_HISTORY_IDS, user_dense=user_dense_names(release.profile_scaler()),
-        item_dense=[*item_dense_names(features.popularity_width), *([POSITION] if with_places else [])],
-        embedding_dim=encoder.tower.config.embedding_dim,
-        hidden=tuple(options.hidden),
-    )  # fmt: skip
+    def config_of(with_places: bool) -> RerankerConfig:
+        return RerankerConfig(
+            std_rows=len(encoder.std_vocab), re_rows=len(encoder.re_vocab), std_slots=encoder.layout.std_slots,
+            re_slots=encoder.layout.re_slots, history_ids=MAX_HISTORY_IDS,
+            user_dense=user_dense_names(release.profile_scaler()),
+            item_dense=[*item_dense_names(tower.popularity_width), *([POSITION] if with_places else [])],
+            embedding_dim=encoder.tower.config.embedding_dim, hidden=tuple(options.hidden),
+        )  # fmt: skip
 
-    def new_model() -> ListwiseDeepFM:
+    def new_model(config: RerankerConfig, effect: float) -> ListwiseDeepFM:
         torch.manual_seed(options.seed)
         deepfm = build_deepfm(config)
         if options.transfer:
@@ -402,6 +397,30 @@ def main(options: RerankerOptions) -> None:
         start_from_retrieval(deepfm, config, effect)
         return ListwiseDeepFM(deepfm, config)
 
+    def write(model: ListwiseDeepFM, config: RerankerConfig, lists: int, shown: int, **report: FitReport) -> None:
+        release.save_weights(RERANKER, model.deepfm)
+        release.record(
+            "reranker", config=config, prices=prices, lists=lists, impressions={"lists": shown, "why": why},
+            options=options.model_dump(mode="json", exclude={"database_url"}), **report,
+        )  # fmt: skip
+
+    if features is None:
+        if PartialState().is_main_process:
+            config = replace(config_of(False), trust=0.0)
+            write(new_model(config, 0.0), config, 0, 0)
+            print(
+                f"release {release.name}: {RERANKER} learned nothing, and lists keep retrieval's order: fewer than {LEAST_LISTS} "
+                "lists of the held-out days hold what the shopper took; import more events, or raise --validation-share of "
+                "train_user.py"
+            )
+        return
+    lists = features.lists
+    if shown and PartialState().is_main_process:
+        print(f"impressions: {lists.shown.sum()} of them hold something seen and not taken that is still sold")
+    with_places = bool(lists.shown.any())
+    metric = f"ndcg@{NDCG_AT}" + (" with impressions" if with_places else "")  # not to be compared with one without
+
+    config = config_of(with_places)
     judging = lists.judging()
     train_rows, validation_rows = np.flatnonzero(~judging), np.flatnonzero(judging)
     effect = place_effect(lists, train_rows)
@@ -445,11 +464,11 @@ def main(options: RerankerOptions) -> None:
     def batches(rows: np.ndarray) -> Callable[[int], list[np.ndarray]]:
         return lambda epoch: shuffled_batches(rows, options.batch_size, options.seed, epoch)
 
-    model = new_model()
+    model = new_model(config, effect)
     report = fit(model, batches(train_rows), loss, validate, metric, options, release.folder, STAGE)
     config = replace(config, trust=report.history[report.best_epoch]["trust"])  # the start is epoch 0
     if options.refit and report.best_epoch:
-        model = new_model()
+        model = new_model(config, effect)
         again = options.model_copy(update={"epochs": report.best_epoch})
         fit(
             model, batches(np.arange(len(lists))), loss, lambda model: {"epochs": 0.0}, "epochs", again, release.folder,
@@ -457,16 +476,7 @@ def main(options: RerankerOptions) -> None:
         )  # fmt: skip
     if not PartialState().is_main_process:
         return  # one process writes the release
-    release.save_weights(RERANKER, model.deepfm)
-    release.record(
-        "reranker",
-        config=config,
-        prices=prices,
-        lists=len(lists),
-        impressions={"lists": int(lists.shown.sum()), "why": why},
-        report=report,
-        options=options.model_dump(mode="json", exclude={"database_url"}),
-    )
+    write(model, config, len(lists), int(lists.shown.sum()), report=report)
     for stage in (STAGE, f"{STAGE}_refit"):
         finish(release.folder, stage)
     print(

@@ -243,6 +243,7 @@ class Bench:
 
         def replay(*arguments: Any) -> Any:
             features, prices = real(*arguments)
+            assert features is not None
             made.append(features)
             return features, prices
 

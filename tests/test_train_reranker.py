@@ -15,7 +15,7 @@ import train_reranker
 from catalog import Event, RawProduct
 from datasets import sample_shop
 from recommender import Recommender, Request
-from release import ItemEncoder, Release
+from release import ItemEncoder, Release, report_metrics
 from settings import Settings, UserError
 from shop_data import ShopData
 from store import Impression, ShownList, Store
@@ -358,6 +358,20 @@ def test_what_was_met_is_no_candidate_where_a_shop_has_fewer_products_than_a_lis
         assert np.mean(retrieval, axis=1, where=counts) == pytest.approx(np.zeros(len(own)), abs=1e-4)
         train_reranker.main(every_product)
         assert np.isfinite(Release.open(shop.models_dir).manifest["reranker"]["report"]["best"])
+
+
+def test_a_log_too_small_to_learn_from_leaves_retrieval_s_order(new_shop, monkeypatch, capsys):
+    """A young shop goes live all the same."""
+    monkeypatch.setattr(train_reranker, "LEAST_LISTS", 10**6)
+    with new_shop() as shop:
+        train_reranker.main(options(shop))
+        assert "learned nothing, and lists keep retrieval's order" in capsys.readouterr().out
+        manifest = Release.open(shop.models_dir).manifest
+        assert (manifest["reranker"]["lists"], manifest["reranker"]["config"]["trust"]) == (0, 0.0)
+        assert report_metrics(manifest).keys() == {"item_tower", "user_tower"}
+        with Store.open(shop) as store:
+            answer = Recommender(store, shop, TextEncoder.load(shop)).recommend(Request("u1", k=20))
+    assert [item.retrieval_rank for item in answer.items] == list(range(1, 21))
 
 
 def test_what_cannot_be_continued_is_refused_before_the_lists_are_made(shop, monkeypatch):
