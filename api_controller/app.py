@@ -178,7 +178,9 @@ async def ready(service: ServiceDep, response: Response) -> Health:
     return Health(status="ready", release=Release.current(service.settings.models_dir), warnings=warnings)
 
 
-@app.get("/metrics", dependencies=[ADMIN], responses=ANY)
+@app.get(
+    "/metrics", dependencies=[ADMIN], response_class=Response, responses=ANY | {200: {"content": {"text/plain": {}}}}
+)
 async def metrics(service: ServiceDep) -> Response:
     """Prometheus: of this worker, or of all if they were given a folder to count in (docs/deploy.md)."""
     said = exposition(service.registry, service.settings.models_dir, bool(service.access.warning))
