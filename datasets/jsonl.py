@@ -40,9 +40,9 @@ def read(path: Path | None, lexicon: Path = LEXICON) -> Source:
     inferred = schema is None and products is not None
     notes: tuple[str, ...] = ()
     if schema is None and products is not None:
-        said, read = infer_schema(_records(products, RawProduct), Lexicon.load(lexicon))
-        schema = FeatureSchema(std=said.std | read.std, re=[*said.re, *read.re])
-        notes = _explain(said, read)
+        typed, spoken = infer_schema(_records(products, RawProduct), Lexicon.load(lexicon))
+        schema = FeatureSchema(std=typed.std | spoken.std, re=[*typed.re, *spoken.re])
+        notes = _explain(typed, spoken)
         if not (schema.std or schema.re):
             schema = None
     return Source(
@@ -78,13 +78,13 @@ def infer_schema(products: Iterator[RawProduct | Rejected], lexicon: Lexicon) ->
         for name, seen in spellings.items()
         if 0 < len(seen) <= MAX_CLOSED_VALUES and uses[name] >= MIN_USES * len(seen)
     }
-    said = FeatureSchema(std=closed, re=[name for name in spellings if name not in closed])
-    return said, lexicon.fields_of(texts, spellings)
+    typed = FeatureSchema(std=closed, re=[name for name in spellings if name not in closed])
+    return typed, lexicon.fields_of(texts, spellings)
 
 
-def _explain(said: FeatureSchema, read: FeatureSchema) -> tuple[str, ...]:
+def _explain(typed: FeatureSchema, spoken: FeatureSchema) -> tuple[str, ...]:
     lines = ["no schema.json; without it, and if the shop has no schema yet, the fields are"]
-    for whence, schema in (("attributes", said), ("titles and descriptions", read)):
+    for whence, schema in (("attributes", typed), ("titles and descriptions", spoken)):
         closed = ", ".join(f"{name} ({len(values)} values)" for name, values in schema.std.items())
         lines.append(f"  from {whence}: closed (STD): {closed or 'none'}; open (RE): {', '.join(schema.re) or 'none'}")
     return tuple(lines)
