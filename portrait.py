@@ -57,10 +57,12 @@ class Example:
 
 # ---------------------------------------------------------------------------------------------------------------- curves
 def learning_curves(manifest: dict[str, Any], parts: Iterable[str] = PARTS) -> list[Curve]:
-    """Of each part of a release: loss and validation metric by epoch, 0 being what it started from."""
+    """Of each part of a release that learned: loss and validation metric by epoch, 0 being what it started from."""
     curves = []
     for part in parts:
-        report = manifest[part]["report"]
+        report = manifest[part].get("report")
+        if report is None:
+            continue
         points = [[int(row["epoch"]), row.get("loss"), row[report["metric"]]] for row in report["history"]]
         curves.append({"part": part, "metric": report["metric"], "best_epoch": report["best_epoch"], "points": points})
     return curves

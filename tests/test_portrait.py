@@ -134,7 +134,9 @@ def report(metric: str, values: list[float]) -> dict:
 
 def test_curves_hold_loss_and_figure_by_epoch_and_a_model_replaces_its_own(docs):
     manifest = {"item_tower": report("-nt_xent", [-5.0, -1.0]), "user_tower": report("recall@100", [0.1, 0.3, 0.2])}
-    curves = learning_curves(manifest, ["item_tower", "user_tower"])
+    manifest["reranker"] = {"lists": 0}  # there was nothing to learn from
+    curves = learning_curves(manifest, ["item_tower", "user_tower", "reranker"])
+    assert len(curves) == 2
     assert curves[1] == {
         "part": "user_tower", "metric": "recall@100", "best_epoch": 1,
         "points": [[0, None, 0.1], [1, 8.0, 0.3], [2, 7.0, 0.2]],
