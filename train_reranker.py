@@ -378,18 +378,17 @@ def main(options: RerankerOptions) -> None:
         print(why)
     shop = with_contexts(shop, [one.context for one in shown], encoder.text_encoder)
     features, prices = replay(shop, release, options, shown)
-    tower = release.user_tower().config
+    with_places = features is not None and bool(features.lists.shown.any())
 
-    def config_of(with_places: bool) -> RerankerConfig:
-        return RerankerConfig(
-            std_rows=len(encoder.std_vocab), re_rows=len(encoder.re_vocab), std_slots=encoder.layout.std_slots,
-            re_slots=encoder.layout.re_slots, history_ids=MAX_HISTORY_IDS,
-            user_dense=user_dense_names(release.profile_scaler()),
-            item_dense=[*item_dense_names(tower.popularity_width), *([POSITION] if with_places else [])],
-            embedding_dim=encoder.tower.config.embedding_dim, hidden=tuple(options.hidden),
-        )  # fmt: skip
+    config = RerankerConfig(
+        std_rows=len(encoder.std_vocab), re_rows=len(encoder.re_vocab), std_slots=encoder.layout.std_slots,
+        re_slots=encoder.layout.re_slots, history_ids=MAX_HISTORY_IDS, user_dense=user_dense_names(release.profile_scaler()),
+        item_dense=[*item_dense_names(shop.popularity.width), *([POSITION] if with_places else [])],
+        embedding_dim=encoder.tower.config.embedding_dim,
+        hidden=tuple(options.hidden),
+    )  # fmt: skip
 
-    def new_model(config: RerankerConfig, effect: float) -> ListwiseDeepFM:
+    def new_model(effect: float) -> ListwiseDeepFM:
         torch.manual_seed(options.seed)
         deepfm = build_deepfm(config)
         if options.transfer:
@@ -406,8 +405,7 @@ def main(options: RerankerOptions) -> None:
 
     if features is None:
         if PartialState().is_main_process:
-            config = replace(config_of(False), trust=0.0)
-            write(new_model(config, 0.0), config, 0, 0)
+            write(new_model(0.0), replace(config, trust=0.0), 0, 0)
             print(
                 f"release {release.name}: {RERANKER} learned nothing, and lists keep retrieval's order: fewer than {LEAST_LISTS} "
                 "lists of the held-out days hold what the shopper took; import more events, or raise --validation-share of "
@@ -417,10 +415,8 @@ def main(options: RerankerOptions) -> None:
     lists = features.lists
     if shown and PartialState().is_main_process:
         print(f"impressions: {lists.shown.sum()} of them hold something seen and not taken that is still sold")
-    with_places = bool(lists.shown.any())
     metric = f"ndcg@{NDCG_AT}" + (" with impressions" if with_places else "")  # not to be compared with one without
 
-    config = config_of(with_places)
     judging = lists.judging()
     train_rows, validation_rows = np.flatnonzero(~judging), np.flatnonzero(judging)
     effect = place_effect(lists, train_rows)
@@ -464,11 +460,11 @@ def main(options: RerankerOptions) -> None:
     def batches(rows: np.ndarray) -> Callable[[int], list[np.ndarray]]:
         return lambda epoch: shuffled_batches(rows, options.batch_size, options.seed, epoch)
 
-    model = new_model(config, effect)
+    model = new_model(effect)
     report = fit(model, batches(train_rows), loss, validate, metric, options, release.folder, STAGE)
     config = replace(config, trust=report.history[report.best_epoch]["trust"])  # the start is epoch 0
     if options.refit and report.best_epoch:
-        model = new_model(config, effect)
+        model = new_model(effect)
         again = options.model_copy(update={"epochs": report.best_epoch})
         fit(
             model, batches(np.arange(len(lists))), loss, lambda model: {"epochs": 0.0}, "epochs", again, release.folder,

@@ -33,7 +33,7 @@ from api_controller import experiments, goods, impressions, lists, releases, rul
 from api_controller.access import ADMIN, OPEN, told_to_listen
 from api_controller.limits import BodyLimit
 from api_controller.metrics import exposition, make_folder
-from api_controller.refusals import ANY
+from api_controller.refusals import ANY, invalid
 from api_controller.schemas import Health
 from api_controller.service import Service, ServiceDep
 from catalog import Event, RawProduct
@@ -132,7 +132,7 @@ app.add_middleware(
 
 
 @app.exception_handler(RequestValidationError)
-async def invalid(request: Request, error: Exception) -> JSONResponse:
+async def invalid_request(request: Request, error: Exception) -> JSONResponse:
     """422 with the field and the reason. The bad value itself is left out: NaN is no JSON."""
     assert isinstance(error, RequestValidationError)
     detail = [{"loc": list(part["loc"]), "msg": _reason(part), "type": part["type"]} for part in error.errors()]
@@ -151,9 +151,8 @@ async def unreadable(request: Request, error: Exception) -> JSONResponse:
     """FastAPI's word for a body that it cannot take apart; it does not say why."""
     reasons = {UnicodeDecodeError: "it is not UTF-8", RecursionError: "it is nested too deeply"}
     reason = reasons.get(type(error.__cause__), "it cannot be read")
-    return JSONResponse(
-        {"detail": [{"loc": ["body"], "msg": f"not valid JSON: {reason}", "type": "json_invalid"}]}, 422
-    )
+    refusal = invalid((["body"], f"not valid JSON: {reason}"), kind="json_invalid")
+    return JSONResponse({"detail": refusal.detail}, refusal.status_code)
 
 
 @app.get("/", dependencies=[OPEN])

@@ -10,6 +10,7 @@ import orjson
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from api_controller.refusals import invalid
 from api_controller.schemas import RefusedBody
 from catalog import Rejected
 
@@ -36,17 +37,17 @@ class Given(Generic[Row]):
 def read_rows(body: bytes, adapter: TypeAdapter[Row], most: int) -> Given[Row]:
     """The rows of a JSON list of at most `most`, or the one that the body is.
 
-    Raises RequestValidationError, which answers 422, for what is no such list, and for a bad row that came alone.
+    Raises what answers 422 for what is no such list, and for a bad row that came alone.
     """
     try:
         content = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise _invalid(f"not valid JSON: {error.msg}", "json_invalid") from error
+        raise invalid((["body"], f"not valid JSON: {error.msg}"), kind="json_invalid") from error
     alone = not isinstance(content, list)
     if alone:
         content = [content]
     if len(content) > most:
-        raise _invalid(f"{len(content):,} rows; at most {most:,} at once", "too_long")
+        raise invalid((["body"], f"{len(content):,} rows; at most {most:,} at once"), kind="too_long")
     given: Given[Row] = Given(content, [], [], [])
     for place, row in enumerate(content):
         try:
@@ -67,10 +68,6 @@ def rows_body(model: type[BaseModel], most: int, examples: list[Any]) -> dict[st
     row = {"$ref": f"#/components/schemas/{model.__name__}"}
     schema = {"anyOf": [row, {"type": "array", "items": row, "maxItems": most}], "examples": examples}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
-def _invalid(message: str, kind: str) -> RequestValidationError:
-    return RequestValidationError([{"loc": ("body",), "msg": message, "type": kind}])
 
 
 def _raw(row: Any) -> str:

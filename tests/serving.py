@@ -76,8 +76,13 @@ def assert_described(response: httpx.Response) -> None:
     )
     form = answers[str(response.status_code)].get("content", {}).get("application/json", {}).get("schema")
     if form and response.headers["content-type"] == "application/json":
-        whole = {**form, "components": described["components"]}
-        jsonschema.validate(json.loads(response.read()), whole, jsonschema.Draft202012Validator)
+        assert_fits(json.loads(response.read()), form, described)
+
+
+def assert_fits(value: Any, form: dict[str, Any], described: dict[str, Any]) -> None:
+    """A value has a form of the API's description."""
+    whole = {**form, "components": described["components"]}
+    jsonschema.validate(value, whole, jsonschema.Draft202012Validator)
 
 
 def recommend(client: httpx.Client, **body: Any) -> dict[str, Any]:

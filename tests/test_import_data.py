@@ -15,6 +15,7 @@ from typing import get_args
 import polars as pl
 import pytest
 
+import import_data
 from catalog import Event, FeatureSchema, Product, RawProduct, Rejected, User
 from datasets import Source, hm
 from datasets.events import event_frame
@@ -240,3 +241,12 @@ def test_the_command_refuses_in_one_line_before_it_starts_anything(tmp_path, arg
     assert done.stderr.startswith(said)
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shop_without_a_schema_is_read_for_the_fields_of_the_lexicon_that_is_named(store, settings, tmp_path):
+    (tmp_path / "products.jsonl").write_text('{"product_id": "1", "title": "Blorp chair"}\n')
+    words = {"fields": {"sort": {"names": ["sort"], "values": {"blorp": []}}}}
+    (tmp_path / "lexicon.json").write_text(json.dumps(words))
+    given = settings.model_dump() | {"source": "jsonl", "folder": tmp_path, "lexicon": tmp_path / "lexicon.json"}
+    import_data.main(ImportOptions(**given, _env_file=None))
+    assert store.schema() == FeatureSchema(std={"sort": ["blorp"]}, re=[])
