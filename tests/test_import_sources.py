@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from catalog import Event, FeatureSchema, RawProduct, Rejected, User
 from datasets import aihub, hm, jsonl, myntra, rent_the_runway, s3rec
 from datasets.events import event_frame
-from lexicon import Lexicon, LexiconFile
+from lexicon import LEXICON, Lexicon, LexiconFile
 from settings import UserError
 from vocab import normalise
 
@@ -217,6 +217,14 @@ def test_a_shop_of_titles_alone_gets_the_fields_that_they_speak_of(tmp_path):
     assert {"shirt", "dress", "t-shirt"} <= set(source.schema.std["category"])  # what no title names yet may come
     assert set(source.schema.re) == {"material", "fit"}
     assert "from titles and descriptions: closed (STD): category (" in source.notes[2]
+
+
+@pytest.mark.parametrize("titles", [("Xqzt 4000", "Slim fit shirt"), ("Slim fit shirt", "Xqzt 4000")])
+def test_fields_are_those_of_a_whole_catalogue_however_it_is_sorted(titles):
+    rows = [RawProduct(product_id=f"{n}", title=titles[n // jsonl.READ_PRODUCTS]) for n in range(2 * jsonl.READ_PRODUCTS)]
+    _, spoken = jsonl.infer_schema(iter(rows), Lexicon.load(LEXICON))
+    assert "category" in spoken.std
+    assert spoken.re == ["fit"]
 
 
 def test_titles_that_the_lexicon_does_not_know_make_no_schema(tmp_path):
