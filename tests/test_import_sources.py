@@ -221,7 +221,9 @@ def test_a_shop_of_titles_alone_gets_the_fields_that_they_speak_of(tmp_path):
 
 @pytest.mark.parametrize("titles", [("Xqzt 4000", "Slim fit shirt"), ("Slim fit shirt", "Xqzt 4000")])
 def test_fields_are_those_of_a_whole_catalogue_however_it_is_sorted(titles):
-    rows = [RawProduct(product_id=f"{n}", title=titles[n // jsonl.READ_PRODUCTS]) for n in range(2 * jsonl.READ_PRODUCTS)]
+    rows = [
+        RawProduct(product_id=f"{n}", title=titles[n // jsonl.READ_PRODUCTS]) for n in range(2 * jsonl.READ_PRODUCTS)
+    ]
     _, spoken = jsonl.infer_schema(iter(rows), Lexicon.load(LEXICON))
     assert "category" in spoken.std
     assert spoken.re == ["fit"]
