@@ -2,9 +2,9 @@
 
     python train_user.py                       # works on the newest release
 
-Two fits. The first holds out the newest events: they choose the number of epochs and how far links are trusted, and the reranker
-later learns from them with this tower, which never saw them. The second learns from everything for as many epochs; it is the one
-that serves.
+Two fits. The first holds out the newest events: they choose the number of epochs and how far histories and links are trusted, and
+the reranker later learns from them with this tower, which never saw them. The second learns from everything for as many epochs; it
+is the one that serves.
 
 Loss: sampled softmax over in-batch targets and negatives, half of them uniform and half hard: drawn from what the tower itself
 ranks high. Each counts by how likely it was to be among them, so that the denominator is on average that of the full softmax
@@ -14,6 +14,7 @@ at most `negatives` items gets the full softmax.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -47,7 +48,9 @@ MOST_SCORES = 32_000_000  # of those requests: several tables of so many numbers
 MINING_REQUESTS = 1024  # that hard negatives are mined from, each epoch
 MINED = 50  # top items of each
 GOING_ON = 0.3  # of the learning rate, for a tower that is trained and goes on learning
-LINK_TRUSTS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)  # shares of the learned weights of links that are tried
+# What is tried of the history's share of a query, and of the learned weights of links.
+HISTORY_TRUSTS = (0.5, 0.75, 1.0)
+LINK_TRUSTS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
 
 
 class UserOptions(HoldOutOptions):
@@ -238,7 +241,8 @@ def learn_on(
     """Let a trained tower go once more over all events before `end`, newer ones than it was trained with, in place: about what it
     would be, trained then. Of the newer ones alone it would learn less than it forgets."""
     config = tower.config
-    tower.config = replace(config, link_trust=1.0)  # as it learned before: or links would make up for what they lack
+    # As it learned before: or histories and links would make up for what they lack.
+    tower.config = replace(config, history_trust=1.0, link_trust=1.0)
     rate = GOING_ON * options.learning_rate
     once = options.model_copy(update={"epochs": 1, "learning_rate": rate, "fresh": True})
     learn(tower, shop, once, profiles, end, folder, name)
@@ -296,22 +300,28 @@ def retrieve(
 
 
 @torch.no_grad()
-def link_trust(
+def trusted_config(
     tower: UserTower, shop: ShopData, links: ItemLinks, requests: Requests, profiles: np.ndarray, history: int, count: int,
-) -> float:  # fmt: skip
-    """The share of the learned weights of links, of LINK_TRUSTS, with which most of what the shoppers of `requests` took is among
-    the best `count`; of equal ones the greatest.
+) -> UserTowerConfig:  # fmt: skip
+    """The tower's configuration with those of HISTORY_TRUSTS and of LINK_TRUSTS with which most of what the shoppers of `requests`
+    took is among the best `count`; of equal ones the greatest.
 
-    Training counts links that were made around the very days it learns from. What is asked later is asked of older links, and they
-    say less, the less the longer ago and the faster a shop's goods change.
+    Training reads what happened just before the very days it learns from. What is asked later is asked of older histories and
+    links, and they say less, the less the longer ago and the faster a shop's goods change.
     """
-    found: dict[float, list[np.ndarray]] = {trust: [] for trust in LINK_TRUSTS}
-    for scored in _scored(tower, shop, links, requests, profiles, history):
-        _hide_met(scored.unlinked, shop, scored.requests)
-        added = tower.link_scores(scored.together, scored.variant)
-        for trust, rows in found.items():
-            rows.append((scored.unlinked + trust * added).topk(min(count, added.shape[1])).indices.numpy())
-    return max(LINK_TRUSTS, key=lambda trust: (recall(np.concatenate(found[trust]), requests.answers, count), trust))
+    config = tower.config
+    found: Counter[tuple[float, float]] = Counter()
+    for history_trust in HISTORY_TRUSTS:
+        tower.config = replace(config, history_trust=history_trust)
+        for scored in _scored(tower, shop, links, requests, profiles, history):
+            _hide_met(scored.unlinked, shop, scored.requests)
+            added = tower.link_scores(scored.together, scored.variant)
+            for link_trust in LINK_TRUSTS:
+                rows = (scored.unlinked + link_trust * added).topk(min(count, added.shape[1])).indices.numpy()
+                found[history_trust, link_trust] += int(hits(rows, scored.requests.answers, count).sum())
+    tower.config = config
+    history_trust, link_trust = max(found, key=lambda trusts: (found[trusts], trusts))
+    return replace(config, history_trust=history_trust, link_trust=link_trust)
 
 
 @dataclass(frozen=True)
@@ -441,10 +451,11 @@ def main(options: UserOptions) -> None:
         tower, softmax.batches, softmax.loss, validate, f"recall@{RETRIEVED}", options, release.folder, STAGE,
         parameters=parameter_groups, state=softmax,
     )  # fmt: skip
-    trust = link_trust(tower, shop, links, held_out, profiles, options.history, RETRIEVED)
+    trusted = trusted_config(tower, shop, links, held_out, profiles, options.history, RETRIEVED)
     if PartialState().is_main_process:
         print(
-            f"links from item to item count {trust:.1%} of what they weigh in training: the held-out days bear out so much"
+            f"the held-out days bear out {trusted.history_trust:.1%} of what a history says in training, and "
+            f"{trusted.link_trust:.1%} of what links from item to item do"
         )
         release.save_weights(USER_TOWER_HOLDOUT, tower)
 
@@ -459,7 +470,7 @@ def main(options: UserOptions) -> None:
     release.save_trained_items(shop.items.product_ids)
     release.record(
         "user_tower",
-        config=replace(config, link_trust=trust),
+        config=trusted,
         profile_scaler=scaler,
         popularity_windows=windows,
         validation_start=split,

@@ -302,6 +302,16 @@ def test_links_count_as_far_as_they_are_trusted_but_whole_within_a_basket():
     assert half.basket_weights == whole.basket_weights == whole.link_weights
 
 
+def test_a_history_speaks_as_far_as_it_is_trusted_and_a_stranger_is_served_as_ever():
+    whole, half = user_tower(), user_tower(replace(USER, history_trust=0.25))
+    batch = shoppers(3, 4)
+    batch = replace(batch, history_mask=torch.tensor([[True] * 4, [False, True, False, True], [False] * 4]))
+    own, strangers = whole(batch), whole(replace(batch, history_mask=torch.zeros(3, 4, dtype=torch.bool)))
+    torch.testing.assert_close(half(batch), 0.25 * own + 0.75 * strangers)
+    assert not torch.allclose(half(batch)[:2], own[:2])
+    torch.testing.assert_close(half(batch)[2], own[2])
+
+
 class Same(torch.nn.Module):
     """In the place of a transformer: each event as it was."""
 

@@ -450,18 +450,19 @@ def note_candidates(recommender: Recommender, monkeypatch) -> list[Found]:
     return found
 
 
-def test_a_release_serves_links_as_far_as_its_held_out_days_bear_them_out(new_shop):
+def test_a_release_serves_histories_and_links_as_far_as_its_held_out_days_bear_them_out(new_shop):
     with new_shop() as shop, Store.open(shop) as store:
         release, loaded = Release.open(shop.models_dir), Recommender(store, shop, TextEncoder.load(shop)).live()
         data = ShopData.of_release(store, loaded.encoder, release)
         start = release.manifest["user_tower"]["validation_start"]
         tower = release.aligned_user_tower(data.items.product_ids, USER_TOWER_HOLDOUT)
-        tower.config = replace(tower.config, link_trust=1.0)
-        trust = train_user.link_trust(
+        tower.config = replace(tower.config, history_trust=1.0, link_trust=1.0)
+        trusted = train_user.trusted_config(
             tower, data, data.links(start), data.requests(start, data.now, start),
             release.profile_scaler().transform(data.profiles), tower.config.history, train_user.RETRIEVED,
         )  # fmt: skip
-        assert loaded.link_weights.together == pytest.approx(trust * loaded.weights_of("basket").together)
+        assert loaded.user_tower.config.history_trust == trusted.history_trust
+        assert loaded.link_weights.together == pytest.approx(trusted.link_trust * loaded.weights_of("basket").together)
 
 
 def test_a_shopper_is_served_what_training_retrieves_for_them(new_shop, monkeypatch):

@@ -20,7 +20,17 @@ from shop_data import Requests, ShopData
 from store import EventLog
 from tensors import DAY, Histories, ItemFeatures, Popularity
 from text_encoder import Ragged
-from train_user import SampledSoftmax, UserOptions, best, item_keys, learn, learn_on, link_trust, retrieve
+from train_user import (
+    HISTORY_TRUSTS,
+    SampledSoftmax,
+    UserOptions,
+    best,
+    item_keys,
+    learn,
+    learn_on,
+    retrieve,
+    trusted_config,
+)
 from training import fit
 
 ITEMS, SHOPPERS, DAYS = 200, 30, 4  # more items than are mined for a request
@@ -337,7 +347,26 @@ def test_links_are_trusted_as_far_as_later_days_bear_them_out(borne_out, trust):
         assert first[:, 0].tolist() != np.concatenate(partners).tolist()
         requests = replace(requests, answers=list(first))
         tower.config = replace(tower.config, link_trust=1.0)
-    assert link_trust(tower, shop, links, requests, profiles, 30, 1) == trust
+    assert trusted_config(tower, shop, links, requests, profiles, 30, 1) == replace(tower.config, link_trust=trust)
+
+
+@pytest.mark.parametrize("trust", HISTORY_TRUSTS)
+def test_histories_are_trusted_as_far_as_later_days_bear_them_out(trust):
+    """Shoppers take what a tower finds for them that trusts their histories so far."""
+    torch.manual_seed(0)
+    shop = pairs_shop(OFTEN)
+    none = np.zeros(0, dtype=np.int64)
+    links, profiles = ItemLinks.build(none, none, shop.group), np.zeros((PAIRS * (OFTEN + 1), 0), dtype=np.float32)
+    tower = tower_without_collaborative(shop).eval()
+    config = tower.config
+    users = np.arange(PAIRS * OFTEN)
+    requests = Requests(users, np.zeros_like(users), [np.array([0])] * len(users), shop.now)
+    tower.config = replace(config, history_trust=trust)
+    found = retrieve(tower, shop, links, requests, profiles, 30, 5).rows
+    tower.config = config
+    requests = replace(requests, answers=list(found))
+    assert trusted_config(tower, shop, links, requests, profiles, 30, 5) == replace(config, history_trust=trust)
+    assert tower.config == config
 
 
 def test_a_tower_that_learns_on_learns_what_was_taken_until_then_and_nothing_of_later(tmp_path):
@@ -363,9 +392,9 @@ def test_a_tower_that_learns_on_learns_what_was_taken_until_then_and_nothing_of_
     def learned(shop: ShopData, end: float) -> np.ndarray:
         torch.manual_seed(0)
         tower = tower_without_collaborative(shop).eval()
-        tower.config = replace(tower.config, link_trust=0.25)
+        tower.config = trusted = replace(tower.config, history_trust=0.5, link_trust=0.25)
         learn_on(tower, shop, given, profiles, end, tmp_path, "on")
-        assert tower.config.link_trust == 0.25
+        assert tower.config == trusted
         assert not tower.training
         return chance(tower)
 
