@@ -55,7 +55,7 @@ class UserTowerConfig:
     profile: bool = True
     popularity: bool = True
     # As far as the held-out days bear them out, see train_user.trusted_config: the share of a query in which the history speaks,
-    # the rest being what a stranger of the same context and body would ask; the share of the learned weights of links that count.
+    # the rest being what a stranger of the same context and body would ask; how many times the learned weights of links count.
     history_trust: float = 1.0
     link_trust: float = 1.0
 

@@ -48,9 +48,11 @@ MOST_SCORES = 32_000_000  # of those requests: several tables of so many numbers
 MINING_REQUESTS = 1024  # that hard negatives are mined from, each epoch
 MINED = 50  # top items of each
 GOING_ON = 0.3  # of the learning rate, for a tower that is trained and goes on learning
-# What is tried of the history's share of a query, and of the learned weights of links.
-HISTORY_TRUSTS = (0.5, 0.75, 1.0)
-LINK_TRUSTS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
+# What is tried of the history's share of a query, and times the learned weights of links; of equally good ones the first is taken.
+# Links may count for more than they learned to: a tower that goes without them in most examples (`--forget-links`) knows little of
+# what they know by then.
+HISTORY_TRUSTS = (1.0, 0.75, 0.5)
+LINK_TRUSTS = (1.0, 0.75, 1.5, 0.5, 2.0, 0.25, 0.125, 0.0)
 
 
 class UserOptions(HoldOutOptions):
@@ -304,7 +306,7 @@ def trusted_config(
     tower: UserTower, shop: ShopData, links: ItemLinks, requests: Requests, profiles: np.ndarray, history: int, count: int,
 ) -> UserTowerConfig:  # fmt: skip
     """The tower's configuration with those of HISTORY_TRUSTS and of LINK_TRUSTS with which most of what the shoppers of `requests`
-    took is among the best `count`; of equal ones the greatest.
+    took is among the best `count`.
 
     Training reads what happened just before the very days it learns from. What is asked later is asked of older histories and
     links, and they say less, the less the longer ago and the faster a shop's goods change.
@@ -320,7 +322,7 @@ def trusted_config(
                 rows = (scored.unlinked + link_trust * added).topk(min(count, added.shape[1])).indices.numpy()
                 found[history_trust, link_trust] += int(hits(rows, scored.requests.answers, count).sum())
     tower.config = config
-    history_trust, link_trust = max(found, key=lambda trusts: (found[trusts], trusts))
+    history_trust, link_trust = max(found, key=found.__getitem__)
     return replace(config, history_trust=history_trust, link_trust=link_trust)
 
 
