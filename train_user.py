@@ -314,7 +314,7 @@ def trusted_config(
     config = tower.config
     found: Counter[tuple[float, float]] = Counter()
     for history_trust in HISTORY_TRUSTS:
-        tower.config = replace(config, history_trust=history_trust)
+        tower.config = replace(config, history_trust=history_trust, link_trust=1.0)
         for scored in _scored(tower, shop, links, requests, profiles, history):
             _hide_met(scored.unlinked, shop, scored.requests)
             added = tower.link_scores(scored.together, scored.variant)

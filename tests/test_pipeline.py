@@ -456,7 +456,6 @@ def test_a_release_serves_histories_and_links_as_far_as_its_held_out_days_bear_t
         data = ShopData.of_release(store, loaded.encoder, release)
         start = release.manifest["user_tower"]["validation_start"]
         tower = release.aligned_user_tower(data.items.product_ids, USER_TOWER_HOLDOUT)
-        tower.config = replace(tower.config, history_trust=1.0, link_trust=1.0)
         trusted = train_user.trusted_config(
             tower, data, data.links(start), data.requests(start, data.now, start),
             release.profile_scaler().transform(data.profiles), tower.config.history, train_user.RETRIEVED,

@@ -331,12 +331,12 @@ def test_requests_are_taken_and_joined_with_all_that_belongs_to_them():
         np.testing.assert_array_equal(getattr(found, name), getattr(again, name))
 
 
-@pytest.mark.parametrize(("growth", "borne_out", "trust"), [(0.3, True, 1.0), (0.3, False, 0.0), (0.0, True, 2.0)])
+@pytest.mark.parametrize(("growth", "borne_out", "trust"), [(0.05, True, 1.0), (0.3, False, 0.0), (0.0, True, 2.0)])
 def test_links_are_trusted_as_far_as_later_days_bear_them_out(growth, borne_out, trust):
     """Shoppers who met the one item of a pair take its partner, or else what the tower would show them if there were no links."""
     shop = pairs_shop(OFTEN)
     tower = tower_without_collaborative(shop).eval()
-    tower.link_growth.data.fill_(growth)  # 0.3: far more than what is between two items without links; 0: hardly enough
+    tower.link_growth.data.fill_(growth)  # 0.05: more than what is between two items without links; 0: hardly enough
     links, profiles = shop.links(shop.now), np.zeros((PAIRS * (OFTEN + 1), 0), dtype=np.float32)
     users = PAIRS * OFTEN + np.arange(PAIRS)
     partners = [np.array([2 * n + 1]) for n in range(PAIRS)]
@@ -347,6 +347,7 @@ def test_links_are_trusted_as_far_as_later_days_bear_them_out(growth, borne_out,
         assert first[:, 0].tolist() != np.concatenate(partners).tolist()
         requests = replace(requests, answers=list(first))
         tower.config = replace(tower.config, link_trust=1.0)
+    tower.config = replace(tower.config, history_trust=0.5, link_trust=0.25)  # what counted before is no matter
     assert trusted_config(tower, shop, links, requests, profiles, 30, 1).link_trust == trust
 
 
