@@ -113,7 +113,9 @@ class UserTower(nn.Module):
     def forward(self, batch: UserBatch) -> Tensor:
         query = self._query(batch)
         trust = self.config.history_trust
-        return query if trust == 1.0 else trust * query + (1.0 - trust) * self._query(_strangers(batch))
+        if trust == 1.0 or not batch.history_mask.any():
+            return query
+        return trust * query + (1.0 - trust) * self._query(_strangers(batch))
 
     def _query(self, batch: UserBatch) -> Tensor:
         config = self.config

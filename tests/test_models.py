@@ -306,10 +306,15 @@ def test_a_history_speaks_as_far_as_it_is_trusted_and_a_stranger_is_served_as_ev
     whole, half = user_tower(), user_tower(replace(USER, history_trust=0.25))
     batch = shoppers(3, 4)
     batch = replace(batch, history_mask=torch.tensor([[True] * 4, [False, True, False, True], [False] * 4]))
-    own, strangers = whole(batch), whole(replace(batch, history_mask=torch.zeros(3, 4, dtype=torch.bool)))
+    nobody = replace(batch, history_mask=torch.zeros(3, 4, dtype=torch.bool))
+    own, strangers = whole(batch), whole(nobody)
     torch.testing.assert_close(half(batch), 0.25 * own + 0.75 * strangers)
     assert not torch.allclose(half(batch)[:2], own[:2])
     torch.testing.assert_close(half(batch)[2], own[2])
+    reads: list[int] = []
+    half.behaviour.register_forward_hook(lambda *_: reads.append(1))
+    torch.testing.assert_close(half(nobody), strangers)
+    assert len(reads) == 1  # there is nothing to mix
 
 
 class Same(torch.nn.Module):

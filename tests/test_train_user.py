@@ -346,7 +346,6 @@ def test_links_are_trusted_as_far_as_later_days_bear_them_out(growth, borne_out,
         first = retrieve(tower, shop, links, requests, profiles, 30, 1).rows
         assert first[:, 0].tolist() != np.concatenate(partners).tolist()
         requests = replace(requests, answers=list(first))
-        tower.config = replace(tower.config, link_trust=1.0)
     tower.config = replace(tower.config, history_trust=0.5, link_trust=0.25)  # what counted before is no matter
     assert trusted_config(tower, shop, links, requests, profiles, 30, 1).link_trust == trust
 
