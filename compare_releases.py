@@ -9,7 +9,7 @@ Judged are the user towers as they were before they learned from their held-out 
 shoppers took from the later of both days on which these begin. (How many epochs the new one took and how far it trusts links was
 chosen by such events, two small numbers in its favour.) Rerankers are not: the live one learned from all days until it was
 trained, the new one from all until now, and no event is left that is new to both. Neither can spoil what its tower finds: it is
-trusted as far as it beat retrieval's own order on later lists, down to not at all (`trust` in the manifest).
+trusted as far as it beat retrieval's own order on later lists, down to not at all (`trust` and `stranger_trust` in the manifest).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tensors import POSITION, RerankBatch
+from tensors import HISTORY_LENGTH, POSITION, RerankBatch
 from vocab import PAD
 
 # deepctr_torch.utils asks a package index for its newest version from a thread at import, with no time-out, and needs an
@@ -81,16 +81,21 @@ class RerankerConfig:
     embedding_dim: int = 64
     hidden: tuple[int, ...] = (128, 64)
     dropout: float = 0.2
-    trust: float = 1.0  # how far a list's order follows the model: 0 is retrieval's own
+    # How far a list's order follows the model, 0 being retrieval's own: the list of a shopper with a history, and a stranger's. The
+    # user tower knows the one well, and of the other no more than what anybody wants.
+    trust: float = 1.0
+    stranger_trust: float = 1.0
 
     def retrieval_of(self, batch: RerankBatch) -> Tensor:
         """The logit that retrieval gave each candidate: [B, N]."""
         return batch.item_dense[..., self.item_dense.index(RETRIEVAL)]
 
-
-def trusted(own: Tensor, retrieval: Tensor, trust: float) -> Tensor:
-    """Between retrieval's logits and the model's own, of one shape."""
-    return own if trust == 1.0 else retrieval + trust * (own - retrieval)
+    def trusted(self, own: Tensor, retrieval: Tensor, user_dense: Tensor) -> Tensor:
+        """Between retrieval's logits and the model's own, [B, N] each, as far as the model is trusted with shoppers of these dense
+        features, [B, D]."""
+        known = user_dense[:, self.user_dense.index(HISTORY_LENGTH)] > 0
+        trust = torch.where(known, self.trust, self.stranger_trust).to(own)
+        return torch.lerp(retrieval, own, trust.unsqueeze(1))
 
 
 def build_deepfm(config: RerankerConfig) -> DeepFM:
@@ -280,7 +285,7 @@ class FusedDeepFM(nn.Module):
         dense_hidden = F.linear(item_dense, self.item_first[:, sparse:])
         deep = self.rest(item_hidden + dense_hidden + (user_hidden + self.first_bias).unsqueeze(1)).squeeze(-1)
         retrieval = item_dense[..., self.config.item_dense.index(RETRIEVAL)]
-        return trusted(first_order + second_order + deep + self.bias, retrieval, self.config.trust)
+        return self.config.trusted(first_order + second_order + deep + self.bias, retrieval, user_dense)
 
     @torch.no_grad()
     def grow(self, re_rows: Tensor) -> None:

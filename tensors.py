@@ -417,6 +417,7 @@ class RerankBatch:
 
 # The log of the place, from 1, that a shopper saw the candidate at: 0 at the first. A feature in training alone.
 POSITION = "position"
+HISTORY_LENGTH = "history_length"  # of the shopper's dense features: 0 for a stranger
 
 # Links have strengths of a few hundredths to a few tenths, and those of a long history add up to several, which says much less than
 # so many times as much.
@@ -505,7 +506,7 @@ def item_dense_names(popularity_width: int) -> list[str]:
 
 
 def user_dense_names(scaler: ProfileScaler) -> list[str]:
-    return [*scaler.fields, *(f"{field}_missing" for field in scaler.fields), "history_length"]
+    return [*scaler.fields, *(f"{field}_missing" for field in scaler.fields), HISTORY_LENGTH]
 
 
 def rerank_batch(

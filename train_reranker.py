@@ -12,7 +12,7 @@ Tables come from the item tower, the order starts at retrieval's own, and a list
 
 The newest of these requests judge, and are later than all that were learned from: other shoppers of the same days buy the same
 things, and would praise a model that has learned what sold on those days. They choose the epoch, and how far to trust the model at
-all. Then it learns from every request, for as many epochs.
+all: with shoppers of whom something is known, and with strangers. Then it learns from every request, for as many epochs.
 
 Where a shop logs what it shows (docs/experiments.md), the lists that shoppers of those days were shown and took something out of
 stand in the place of their replayed requests: of what they saw, what they took are the positives, the rest the negatives, and the
@@ -37,7 +37,7 @@ from scipy.special import softmax
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model_reranker import ListwiseDeepFM, RerankerConfig, build_deepfm, start_from_retrieval, transfer, trusted
+from model_reranker import ListwiseDeepFM, RerankerConfig, build_deepfm, start_from_retrieval, transfer
 from release import RERANKER, USER_TOWER_HOLDOUT, ItemEncoder, Release
 from settings import UserError, run_script
 from shop_data import Requests, ShopData, event_weights
@@ -187,9 +187,20 @@ def ndcg_by_trust(own: Tensor, retrieval: Tensor, positive: np.ndarray, answers:
     [L, N], how many there are [L]."""
     found = {}
     for trust in TRUSTS:
-        order = trusted(own, retrieval, trust).argsort(dim=1, descending=True, stable=True).numpy()
+        order = torch.lerp(retrieval, own, trust).argsort(dim=1, descending=True, stable=True).numpy()
         found[trust] = ndcg(np.take_along_axis(positive, order, axis=1), answers, NDCG_AT)
     return found
+
+
+def best_trusts(found: dict[float, np.ndarray], known: np.ndarray) -> tuple[float, float]:
+    """Of `ndcg_by_trust`, the trust that is best for shoppers with a history (`known` bool [L]) and that for strangers; of fewer
+    lists than LEAST_LISTS of either, the one that is best for all. Of equal ones the least."""
+
+    def best(of: np.ndarray) -> float:
+        which = of if of.sum() >= LEAST_LISTS else np.ones_like(of)
+        return max(found, key=lambda trust: float(found[trust][which].mean()))
+
+    return best(known), best(~known)
 
 
 class ListFeatures:
@@ -405,7 +416,7 @@ def main(options: RerankerOptions) -> None:
 
     if features is None:
         if PartialState().is_main_process:
-            write(new_model(0.0), replace(config, trust=0.0), 0, 0)
+            write(new_model(0.0), replace(config, trust=0.0, stranger_trust=0.0), 0, 0)
             print(
                 f"release {release.name}: {RERANKER} learned nothing, and lists keep retrieval's order: fewer than {LEAST_LISTS} "
                 "lists of the held-out days hold what the shopper took; import more events, or raise --validation-share of "
@@ -446,15 +457,16 @@ def main(options: RerankerOptions) -> None:
         parts = [logits(model, validation_rows[i : i + 256]) for i in range(0, len(validation_rows), 256)]
         own_logits, retrieval = (torch.cat(column) for column in zip(*parts, strict=True))
         found = ndcg_by_trust(own_logits, retrieval, lists.positive[validation_rows], lists.answers[validation_rows])
-        trust = max(found, key=lambda trust: np.average(found[trust], weights=validation_weights))
-        own, before = found[trust], found[0.0]
         known = lists.known[validation_rows]
+        trust, stranger_trust = best_trusts(found, known)
+        own, before = np.where(known, found[trust], found[stranger_trust]), found[0.0]
         return {
             metric: float(np.average(own, weights=validation_weights)),
             f"ndcg@{NDCG_AT} of retrieval": float(np.average(before, weights=validation_weights)),
             "with history": float(own[known].mean()) if known.any() else 0.0,
             "of retrieval": float(before[known].mean()) if known.any() else 0.0,
             "trust": trust,
+            "stranger trust": stranger_trust,
         }
 
     def batches(rows: np.ndarray) -> Callable[[int], list[np.ndarray]]:
@@ -462,7 +474,8 @@ def main(options: RerankerOptions) -> None:
 
     model = new_model(effect)
     report = fit(model, batches(train_rows), loss, validate, metric, options, release.folder, STAGE)
-    config = replace(config, trust=report.history[report.best_epoch]["trust"])  # the start is epoch 0
+    best = report.history[report.best_epoch]  # the start is epoch 0
+    config = replace(config, trust=best["trust"], stranger_trust=best["stranger trust"])
     if options.refit and report.best_epoch:
         model = new_model(effect)
         again = options.model_copy(update={"epochs": report.best_epoch})
@@ -477,8 +490,8 @@ def main(options: RerankerOptions) -> None:
         finish(release.folder, stage)
     print(
         f"release {release.name}: {RERANKER}, {report.metric} {report.best:.4f} on {len(validation_rows)} later lists "
-        f"(retrieval's own order {report.history[-1][f'ndcg@{NDCG_AT} of retrieval']:.4f}), trusted {config.trust:.0%}, after "
-        f"{report.seconds:.0f} s"
+        f"(retrieval's own order {best[f'ndcg@{NDCG_AT} of retrieval']:.4f}), trusted {config.trust:.0%} with shoppers who have a "
+        f"history and {config.stranger_trust:.0%} with strangers, after {report.seconds:.0f} s"
     )
 
 

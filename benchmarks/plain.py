@@ -27,7 +27,7 @@ from psycopg import Connection, sql
 from psycopg_pool import ConnectionPool
 
 from api_controller.schemas import ItemBody, RecommendAnswer, RecommendBody
-from model_reranker import build_deepfm, deepfm_input, trusted
+from model_reranker import build_deepfm, deepfm_input
 from release import RERANKER, Release
 from settings import Settings, UserError
 from store import Store
@@ -145,8 +145,8 @@ class Plain:
         batch = rerank_batch(given, past, self.prices, config.item_width, config.popularity_width)
         if POSITION in self.config.item_dense:
             batch = replace(batch, position=torch.zeros(1, len(candidates)))
-        own = torch.from_numpy(self.deepfm.predict([deepfm_input(batch).numpy()]).ravel())
-        return trusted(own, self.config.retrieval_of(batch)[0], self.config.trust).numpy()
+        own = torch.from_numpy(self.deepfm.predict([deepfm_input(batch).numpy()])).view(1, -1)
+        return self.config.trusted(own, self.config.retrieval_of(batch), batch.user_dense)[0].numpy()
 
 
 def app() -> FastAPI:

@@ -27,7 +27,7 @@ from model_reranker import (
 )
 from model_simcse import ItemTower, ItemTowerConfig, starting_table
 from model_user import UserTower, UserTowerConfig
-from tensors import POSITION, ItemBatch, LinkWeights, RerankBatch, UserBatch
+from tensors import HISTORY_LENGTH, POSITION, ItemBatch, LinkWeights, RerankBatch, UserBatch
 from train_simcse import alignment_uniformity, contrastive_loss, nt_xent
 from vocab import MASK, PAD
 
@@ -443,8 +443,8 @@ def test_forget_hides_all_three_or_none():
 
 # ------------------------------------------------------------------------------------------------------------ reranker
 RERANKER = RerankerConfig(
-    std_rows=12, re_rows=9, std_slots={"category": 1, "colour": 3}, re_slots=4, history_ids=5, user_dense=["height", "weight"],
-    item_dense=["retrieval", "price"], embedding_dim=8, hidden=(16, 8),
+    std_rows=12, re_rows=9, std_slots={"category": 1, "colour": 3}, re_slots=4, history_ids=5,
+    user_dense=["height", HISTORY_LENGTH], item_dense=["retrieval", "price"], embedding_dim=8, hidden=(16, 8),
 )  # fmt: skip
 
 
@@ -556,13 +556,16 @@ def test_before_training_the_order_is_retrievals_own():
     assert torch.equal(order, batch.item_dense[:, :, 0].argsort(dim=1))
 
 
-@pytest.mark.parametrize("trust", [0.0, 0.5, 1.0])
-def test_a_list_follows_the_model_as_far_as_it_is_trusted(trust):
+@pytest.mark.parametrize(("trust", "stranger_trust"), [(0.0, 1.0), (0.5, 0.25), (1.0, 0.0)])
+def test_a_list_follows_the_model_as_far_as_it_is_trusted_with_such_a_shopper(trust, stranger_trust):
     model, batch = deepfm(), candidates()
+    batch.user_dense[:, RERANKER.user_dense.index(HISTORY_LENGTH)] = torch.tensor([0.2, 0.0, 0.9])
     own = model(deepfm_input(batch)).view(3, 7)
     retrieval = batch.item_dense[:, :, RERANKER.item_dense.index("retrieval")]
-    served = FusedDeepFM(model, replace(RERANKER, trust=trust))(batch)
-    torch.testing.assert_close(served, (1 - trust) * retrieval + trust * own, atol=1e-5, rtol=0)
+    served = FusedDeepFM(model, replace(RERANKER, trust=trust, stranger_trust=stranger_trust))(batch)
+    for row, of_shopper in enumerate((trust, stranger_trust, trust)):
+        expected = (1 - of_shopper) * retrieval[row] + of_shopper * own[row]
+        torch.testing.assert_close(served[row], expected, atol=1e-5, rtol=0)
 
 
 def test_items_shared_by_several_lists_are_scored_as_in_each_alone():

@@ -24,6 +24,7 @@ from text_encoder import TextEncoder
 from train_reranker import (
     Lists,
     RerankerOptions,
+    best_trusts,
     impressions_to_use,
     ndcg_by_trust,
     place_effect,
@@ -213,6 +214,16 @@ def test_each_list_is_judged_by_how_far_the_model_is_trusted():
     assert found[1.0] == pytest.approx([third, first])
 
 
+def test_the_model_is_trusted_with_strangers_as_far_as_it_betters_their_lists():
+    known = np.arange(40) < 20
+    found = {0.0: np.where(known, 0.5, 0.2), 0.5: np.where(known, 0.5, 0.3), 1.0: np.where(known, 0.1, 0.4)}
+    assert best_trusts(found, known) == (0.0, 1.0)
+    # Too few strangers say nothing of themselves, and none at all neither.
+    few = np.arange(40) < 35
+    assert best_trusts({0.0: np.where(few, 0.3, 0.1), 1.0: np.where(few, 0.2, 0.6)}, few) == (0.0, 0.0)
+    assert best_trusts({0.0: np.full(40, 0.3), 1.0: np.full(40, 0.4)}, np.ones(40, dtype=bool)) == (1.0, 1.0)
+
+
 def test_few_lists_are_not_used_and_it_is_said(shop, capsys, monkeypatch):
     monkeypatch.setattr(train_reranker, "TRUSTS", (0.0, 0.25))
     train_reranker.main(options(shop, epochs=1))
@@ -227,6 +238,7 @@ def test_few_lists_are_not_used_and_it_is_said(shop, capsys, monkeypatch):
     best = manifest["report"]["history"][manifest["report"]["best_epoch"]]
     assert best["epoch"] == manifest["report"]["best_epoch"]
     assert manifest["config"]["trust"] == best["trust"] <= 0.25
+    assert manifest["config"]["stranger_trust"] == best["stranger trust"] <= 0.25
 
 
 def test_what_counts_as_taking_is_what_counts_in_the_release(store, settings):
@@ -368,6 +380,7 @@ def test_a_log_too_small_to_learn_from_leaves_retrieval_s_order(new_shop, monkey
         assert "learned nothing, and lists keep retrieval's order" in capsys.readouterr().out
         manifest = Release.open(shop.models_dir).manifest
         assert (manifest["reranker"]["lists"], manifest["reranker"]["config"]["trust"]) == (0, 0.0)
+        assert manifest["reranker"]["config"]["stranger_trust"] == 0.0
         assert report_metrics(manifest).keys() == {"item_tower", "user_tower"}
         with Store.open(shop) as store:
             answer = Recommender(store, shop, TextEncoder.load(shop)).recommend(Request("u1", k=20))
