@@ -115,7 +115,11 @@ class UserTower(nn.Module):
         trust = self.config.history_trust
         if trust == 1.0 or not batch.history_mask.any():
             return query
-        return trust * query + (1.0 - trust) * self._query(_strangers(batch))
+        return trust * query + (1.0 - trust) * self.stranger_query(batch)
+
+    def stranger_query(self, batch: UserBatch) -> Tensor:
+        """What shoppers of whom no event is known would ask with the same bodies and contexts: float32 [B, row_width]."""
+        return self._query(_strangers(batch))
 
     def _query(self, batch: UserBatch) -> Tensor:
         config = self.config

@@ -312,14 +312,17 @@ def trusted_config(
     links, and they say less, the less the longer ago and the faster a shop's goods change.
     """
     config = tower.config
+    tower.config = replace(config, history_trust=1.0, link_trust=1.0)
     found: Counter[tuple[float, float]] = Counter()
-    for history_trust in HISTORY_TRUSTS:
-        tower.config = replace(config, history_trust=history_trust, link_trust=1.0)
-        for scored in _scored(tower, shop, links, requests, profiles, history):
-            _hide_met(scored.unlinked, shop, scored.requests)
-            added = tower.link_scores(scored.together, scored.variant)
+    for scored in _scored(tower, shop, links, requests, profiles, history):
+        # Queries, and so logits, are mixed in proportion to the trust: both are made once for all of them.
+        of_strangers = tower.stranger_query(scored.batch) @ scored.keys.T
+        added = tower.link_scores(scored.together, scored.variant)
+        for history_trust in HISTORY_TRUSTS:
+            unlinked = torch.lerp(of_strangers, scored.unlinked, history_trust)
+            _hide_met(unlinked, shop, scored.requests)
             for link_trust in LINK_TRUSTS:
-                rows = (scored.unlinked + link_trust * added).topk(min(count, added.shape[1])).indices.numpy()
+                rows = (unlinked + link_trust * added).topk(min(count, added.shape[1])).indices.numpy()
                 found[history_trust, link_trust] += int(hits(rows, scored.requests.answers, count).sum())
     tower.config = config
     history_trust, link_trust = max(found, key=found.__getitem__)
@@ -331,7 +334,9 @@ class _Scored:
     """B requests and the whole catalogue of N."""
 
     requests: Requests
+    batch: UserBatch
     untouched: Tensor  # bool [N], items that had no event yet
+    keys: Tensor  # float32 [N, D]
     queries: Tensor  # float32 [B, D]
     unlinked: Tensor  # float32 [B, N], logits before links
     together: np.ndarray  # float32 [B, N], see ItemLinks.scores
@@ -353,9 +358,10 @@ def _scored(
         part = requests.take(np.arange(start, min(start + batch_size, len(requests))))
         now = part.moments
         index = shop.history_as_of(part.users, now, history)
-        query = tower(shop.user_batch(tower, index, part.users, part.contexts, now, profiles, popularity))
+        batch = shop.user_batch(tower, index, part.users, part.contexts, now, profiles, popularity)
+        query = tower(batch)
         together, variant = links.scores(shop.histories.item[index.index], index.mask, every)
-        yield _Scored(part, untouched, query, query @ keys.T, together, variant)
+        yield _Scored(part, batch, untouched, keys, query, query @ keys.T, together, variant)
 
 
 def _hide_met(logits: Tensor, shop: ShopData, requests: Requests, kept: Sequence[np.ndarray] | None = None) -> None:
