@@ -276,7 +276,9 @@ class Release:
 
     def reranker_config(self) -> RerankerConfig:
         saved = self._part("reranker")["config"]
-        return RerankerConfig(**{**saved, "hidden": tuple(saved["hidden"])})
+        # An earlier version trusted the model with strangers as far as with everybody else.
+        alike = {"stranger_trust": saved.get("trust", 1.0)}
+        return RerankerConfig(**{**alike, **saved, "hidden": tuple(saved["hidden"])})
 
     def reranker(self) -> FusedDeepFM:
         config = self.reranker_config()

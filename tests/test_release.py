@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 import release as releases
 from catalog import FeatureSchema
+from model_reranker import RerankerConfig
 from release import PARTS, PROMOTIONS, SEARCH_SPACE, USER_TOWER, Release
 from search_space import SearchSpace
 from settings import UserError
@@ -45,6 +47,15 @@ def test_what_was_saved_is_what_is_loaded(saved):
     assert not second.training
     assert saved.schema() == SCHEMA
     assert saved.vocabularies()[0].words == StdVocab(SCHEMA).words
+
+
+def test_a_reranker_of_an_earlier_version_is_trusted_alike_with_everybody(saved):
+    config = RerankerConfig(12, 9, {"colour": 1}, 4, 5, [], [], hidden=(16, 8), trust=0.25, stranger_trust=0.75)
+    saved.record("reranker", config=config)
+    assert Release.open(saved.folder.parent).reranker_config() == config
+    del saved.manifest["reranker"]["config"]["stranger_trust"]
+    saved.save_manifest()
+    assert Release.open(saved.folder.parent).reranker_config() == replace(config, stranger_trust=0.25)
 
 
 def refused(release: Release, file: str, said: str) -> None:
