@@ -3,6 +3,7 @@ judges it."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import cast
@@ -224,8 +225,7 @@ def test_the_model_is_trusted_with_strangers_as_far_as_it_betters_their_lists():
     assert best_trusts({0.0: np.full(40, 0.3), 1.0: np.full(40, 0.4)}, np.ones(40, dtype=bool)) == (1.0, 1.0)
 
 
-def test_few_lists_are_not_used_and_it_is_said(shop, capsys, monkeypatch):
-    monkeypatch.setattr(train_reranker, "TRUSTS", (0.0, 0.25))
+def test_few_lists_are_not_used_and_it_is_said(shop, capsys):
     train_reranker.main(options(shop, epochs=1))
     said = capsys.readouterr().out
     assert "impressions: not used, " in said
@@ -234,11 +234,33 @@ def test_few_lists_are_not_used_and_it_is_said(shop, capsys, monkeypatch):
     assert manifest["impressions"]["lists"] == 0
     assert "fewer than 1000" in manifest["impressions"]["why"]
     assert "position" not in manifest["config"]["item_dense"]
-    # Served with the trust that was best in the best epoch.
-    best = manifest["report"]["history"][manifest["report"]["best_epoch"]]
-    assert best["epoch"] == manifest["report"]["best_epoch"]
-    assert manifest["config"]["trust"] == best["trust"] <= 0.25
-    assert manifest["config"]["stranger_trust"] == best["stranger trust"] <= 0.25
+
+
+def test_each_epoch_is_judged_and_the_best_is_served_by_the_trusts_that_were_chosen(shop, monkeypatch):
+    judged = []
+
+    def replayed(*given):
+        features, prices = replay(*given)
+        features.lists = replace(features.lists, known=np.arange(len(features.lists)) % 2 == 0)
+        return features, prices
+
+    def chosen(found, known):
+        assert list(found) == [0.0, 0.25]
+        judged.append((found[0.25][known].mean(), found[0.0][~known].mean()))
+        assert 0.1 < known.mean() < 0.9  # both kinds count the same
+        return (0.25, 0.0) if len(judged) == 1 else (0.0, 0.25)
+
+    monkeypatch.setattr(train_reranker, "TRUSTS", (0.0, 0.25))
+    monkeypatch.setattr(train_reranker, "best_trusts", chosen)
+    monkeypatch.setattr(train_reranker, "replay", replayed)
+    train_reranker.main(options(shop, epochs=1))
+    manifest = Release.open(shop.models_dir).manifest["reranker"]
+    report, config = manifest["report"], manifest["config"]
+    first = report["history"][0]
+    assert first["ndcg@12"] == pytest.approx(sum(judged[0]) / 2)
+    assert first["with history"] == pytest.approx(judged[0][0])
+    expected = (0.25, 0.0) if report["best_epoch"] == 0 else (0.0, 0.25)
+    assert (config["trust"], config["stranger_trust"]) == expected
 
 
 def test_what_counts_as_taking_is_what_counts_in_the_release(store, settings):
