@@ -145,6 +145,7 @@ class Plain:
         batch = rerank_batch(given, past, self.prices, config.item_width, config.popularity_width)
         if POSITION in self.config.item_dense:
             batch = replace(batch, position=torch.zeros(1, len(candidates)))
+        # `predict` gives float64.
         own = torch.from_numpy(self.deepfm.predict([deepfm_input(batch).numpy()])).float().view(1, -1)
         return self.config.trusted(own, self.config.retrieval_of(batch), batch.user_dense)[0].numpy()
 

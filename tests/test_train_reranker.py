@@ -259,8 +259,10 @@ def test_each_epoch_is_judged_and_the_best_is_served_by_the_trusts_that_were_cho
     first = report["history"][0]
     assert first["ndcg@12"] == pytest.approx(sum(judged[0]) / 2)
     assert first["with history"] == pytest.approx(judged[0][0])
+    best = report["history"][report["best_epoch"]]
+    assert best["epoch"] == report["best_epoch"]
     expected = (0.25, 0.0) if report["best_epoch"] == 0 else (0.0, 0.25)
-    assert (config["trust"], config["stranger_trust"]) == expected
+    assert (config["trust"], config["stranger_trust"]) == (best["trust"], best["stranger trust"]) == expected
 
 
 def test_what_counts_as_taking_is_what_counts_in_the_release(store, settings):
