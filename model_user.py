@@ -111,19 +111,29 @@ class UserTower(nn.Module):
         self.link_growth = nn.Parameter(torch.zeros(len(LINK_START)))
 
     def forward(self, batch: UserBatch) -> Tensor:
-        query = self._query(batch)
+        past, rest = self._past(batch), self._rest(batch)
         trust = self.config.history_trust
         if trust == 1.0 or not batch.history_mask.any():
-            return query
-        return trust * query + (1.0 - trust) * self.stranger_query(batch)
+            return self._query(past, rest)
+        # As one batch: of a single shopper each operation costs about as much for two rows as for one.
+        own, of_stranger = self._query(torch.cat([past, torch.zeros_like(past)]), torch.cat([rest, rest])).chunk(2)
+        return trust * own + (1.0 - trust) * of_stranger
 
     def stranger_query(self, batch: UserBatch) -> Tensor:
         """What shoppers of whom no event is known would ask with the same bodies and contexts: float32 [B, row_width]."""
-        return self._query(_strangers(batch))
+        return self._query(self._no_past(batch), self._rest(batch))
 
-    def _query(self, batch: UserBatch) -> Tensor:
+    def _no_past(self, batch: UserBatch) -> Tensor:
+        return batch.history.new_zeros(len(batch.history), self.config.width + self.config.item_width + 1)
+
+    def _past(self, batch: UserBatch) -> Tensor:
+        """What the history says: float32 [B, width + item_width + 1], the last being whether there is one. All 0 without."""
         config = self.config
         mask = batch.history_mask & config.behaviour  # (B, T)
+        # The transformer is most of the work. In training it is asked all the same: processes that train together wait for the
+        # gradients of each parameter from every one of them.
+        if not self.training and not mask.any():
+            return self._no_past(batch)
         collaborative = batch.collaborative[..., : config.collaborative]
         behaviour = self.item_input(torch.cat([batch.history, collaborative], dim=-1))
         behaviour = behaviour + self.kind_embedding(batch.kind) + self.age_input(batch.age.unsqueeze(-1))
@@ -145,21 +155,22 @@ class UserTower(nn.Module):
         weights = torch.where(mask.any(1, keepdim=True), weights, torch.zeros(1, device=mask.device)).softmax(-1)
         weights = (weights * mask).unsqueeze(1)  # (B, 1, T)
         liked = (weights @ batch.history).squeeze(1)
+        return torch.cat([summary, liked, has_history], dim=-1)
 
+    def _rest(self, batch: UserBatch) -> Tensor:
+        """What context and body say: float32 [B, 2 * width + 2], the last two being whether there is any."""
+        config = self.config
         has_context = (batch.context != 0).any(1, keepdim=True).float() * config.context
-        profile = batch.profile if config.profile_width else batch.profile.new_zeros(len(mask), 1)
+        profile = batch.profile if config.profile_width else batch.profile.new_zeros(len(batch.profile), 1)
         has_profile = (batch.profile[:, : config.profile_width // 2] != 0).any(1, keepdim=True).float() * config.profile
-        fused = self.fusion(
-            torch.cat(
-                [
-                    summary,
-                    self.context(self.context_scaler(batch.context)) * has_context,
-                    self.profile(profile) * has_profile,
-                    has_history, has_context, has_profile,
-                ],
-                dim=-1,
-            )
-        )  # fmt: skip
+        context = self.context(self.context_scaler(batch.context)) * has_context
+        return torch.cat([context, self.profile(profile) * has_profile, has_context, has_profile], dim=-1)
+
+    def _query(self, past: Tensor, rest: Tensor) -> Tensor:
+        config = self.config
+        summary, liked, has_history = past.split([config.width, config.item_width, 1], dim=-1)
+        inputs, has_others = rest.split([2 * config.width, 2], dim=-1)
+        fused = self.fusion(torch.cat([summary, inputs, has_history, has_others], dim=-1))
         unit = F.normalize(self.history_gain * liked + self.to_item(fused), dim=-1)
         parts = [self.log_scale.exp() * unit, self.to_popularity(fused) * config.popularity]
         if config.collaborative:
@@ -239,9 +250,3 @@ class UserTower(nn.Module):
             context=batch.context * keep(batch.context),
             profile=torch.where(keep(batch.profile), batch.profile, hidden_profile),
         )
-
-
-def _strangers(batch: UserBatch) -> UserBatch:
-    """The same requests by shoppers of whom no event is known: one column, for there always is one, that does not count."""
-    first = {name: getattr(batch, name)[:, :1] for name in ("history", "collaborative", "kind", "age", "history_mask")}
-    return replace(batch, **{**first, "history_mask": torch.zeros_like(first["history_mask"])})

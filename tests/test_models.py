@@ -311,10 +311,24 @@ def test_a_history_speaks_as_far_as_it_is_trusted_and_a_stranger_is_served_as_ev
     torch.testing.assert_close(half(batch), 0.25 * own + 0.75 * strangers)
     assert not torch.allclose(half(batch)[:2], own[:2])
     torch.testing.assert_close(half(batch)[2], own[2])
-    reads: list[int] = []
-    half.behaviour.register_forward_hook(lambda *_: reads.append(1))
     torch.testing.assert_close(half(nobody), strangers)
-    assert len(reads) == 1  # there is nothing to mix
+    torch.testing.assert_close(half.stranger_query(batch), strangers)
+
+
+def test_a_history_is_encoded_once_and_where_there_is_none_only_in_training():
+    tower, batch = user_tower(replace(USER, history_trust=0.25)), shoppers(3, 4)
+    nobody = replace(batch, history_mask=torch.zeros(3, 4, dtype=torch.bool))
+    reads: list[int] = []
+    tower.behaviour.register_forward_hook(lambda *_: reads.append(1))
+    tower(batch)
+    assert len(reads) == 1
+    tower(nobody)
+    assert len(reads) == 1
+    tower.train()
+    tower(nobody).sum().backward()
+    assert len(reads) == 2
+    # Several processes wait for each other's gradients of every parameter.
+    assert all(weight.grad is not None for weight in tower.behaviour.parameters())
 
 
 class Same(torch.nn.Module):
