@@ -25,6 +25,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
+from fastapi.routing import iter_route_contexts
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -55,6 +56,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.service = service
     service.access.notice([told_to_listen(sys.argv, os.environ)])
     gc.disable()  # likewise
+    list(iter_route_contexts(app.routes))  # FastAPI would put each part of the API together when it is first asked
     service.problem = service.check()  # before the first request: whatever it waits for, nobody waits behind it
     gc.enable()
     if service.problem:

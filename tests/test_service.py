@@ -360,3 +360,23 @@ asyncio.run(start())
     environment = {**os.environ, **environment_of(shop)}
     ended = subprocess.run([sys.executable, "-c", started], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ended.stdout == "True\nTrue True\n", ended.stderr
+
+
+def test_the_api_is_put_together_before_the_first_request(shop):
+    """FastAPI does it a router at a time, when somebody asks it."""
+    started = """
+import asyncio
+import httpx
+from api_controller.app import app, lifespan
+from fastapi import routing
+async def start():
+    async with lifespan(app), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://shop") as client:
+        made, make = [], routing.get_dependant
+        routing.get_dependant = lambda **given: made.append(given["path"]) or make(**given)
+        asked = [await client.post("/recommend", json={}), await client.get("/experiments"), await client.get("/nothing")]
+        print([answer.status_code for answer in asked], made)
+asyncio.run(start())
+"""
+    environment = {**os.environ, **environment_of(shop)}
+    ended = subprocess.run([sys.executable, "-c", started], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.stdout == "[200, 200, 404] []\n", ended.stderr
