@@ -124,6 +124,7 @@ class UserTower(nn.Module):
         return self._query(self._no_past(batch), self._rest(batch))
 
     def _no_past(self, batch: UserBatch) -> Tensor:
+        """What `_past` says of strangers."""
         return batch.history.new_zeros(len(batch.history), self.config.width + self.config.item_width + 1)
 
     def _past(self, batch: UserBatch) -> Tensor:
@@ -167,6 +168,7 @@ class UserTower(nn.Module):
         return torch.cat([context, self.profile(profile) * has_profile, has_context, has_profile], dim=-1)
 
     def _query(self, past: Tensor, rest: Tensor) -> Tensor:
+        """What both ask for together: float32 [B, row_width]."""
         config = self.config
         summary, liked, has_history = past.split([config.width, config.item_width, 1], dim=-1)
         inputs, has_others = rest.split([2 * config.width, 2], dim=-1)
