@@ -116,7 +116,7 @@ class UserTower(nn.Module):
         if trust == 1.0 or not batch.history_mask.any():
             return self._query(past, rest)
         # As one batch: of a single shopper each operation costs about as much for two rows as for one.
-        own, of_stranger = self._query(torch.cat([past, torch.zeros_like(past)]), torch.cat([rest, rest])).chunk(2)
+        own, of_stranger = self._query(torch.cat([past, self._no_past(batch)]), torch.cat([rest, rest])).chunk(2)
         return trust * own + (1.0 - trust) * of_stranger
 
     def stranger_query(self, batch: UserBatch) -> Tensor:

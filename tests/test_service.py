@@ -346,6 +346,12 @@ def test_callers_that_all_wait_for_a_server_to_open_do_not_keep_it_from_opening(
         service.close()
 
 
+def run_python(source: str, shop: Settings) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, whose service is of `shop`."""
+    environment = {**os.environ, **environment_of(shop)}
+    return subprocess.run([sys.executable, "-c", source], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
 def test_a_server_that_is_ready_looks_for_garbage_again(shop):
     """It does not while it starts."""
     started = """
@@ -357,8 +363,7 @@ async def start():
 print(gc.isenabled())
 asyncio.run(start())
 """
-    environment = {**os.environ, **environment_of(shop)}
-    ended = subprocess.run([sys.executable, "-c", started], cwd=ROOT, env=environment, capture_output=True, text=True)
+    ended = run_python(started, shop)
     assert ended.stdout == "True\nTrue True\n", ended.stderr
 
 
@@ -377,6 +382,5 @@ async def start():
         print([answer.status_code for answer in asked], made)
 asyncio.run(start())
 """
-    environment = {**os.environ, **environment_of(shop)}
-    ended = subprocess.run([sys.executable, "-c", started], cwd=ROOT, env=environment, capture_output=True, text=True)
+    ended = run_python(started, shop)
     assert ended.stdout == "[200, 200, 404] []\n", ended.stderr
