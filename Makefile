@@ -61,10 +61,11 @@ results-rtr: $(VENV)/installed
 results-beauty: $(VENV)/installed
 	$(RUN) run_split.py s3rec-beauty $(BEAUTY)
 
-# What each idea of the design is worth: every variant three times, hours in all; a stopped run goes on where it was.
+# What each idea of the design is worth: every variant three times, days in all; a stopped run goes on where it was.
 ablations: $(VENV)/installed
 	$(RUN) ablate.py sample-week
 	$(RUN) ablate.py rtr $(RTR)
+	$(RUN) ablate.py hm-week $(HM)
 
 clean:
 	rm -rf $(VENV) .data .mypy_cache .ruff_cache .pytest_cache

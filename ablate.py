@@ -2,6 +2,7 @@
 
     python ablate.py sample-week
     python ablate.py rtr FOLDER --seeds 3 --only "mean pooling" --only "no context"
+    python ablate.py hm-week FOLDER --seeds 1 --only "no title"
 
 What comes before the first step that a variant changes is that of the full model of the same seed. Each variant is judged by
 evaluate.py's own code and written into docs/results.json when it is done; a stopped run goes on where it was. Everything lies in
@@ -25,7 +26,7 @@ from results import FULL, NO_TRANSFER, Row, ablation_figures, ablation_model, co
 from run_split import CATCHING_UP, MODELS, PARTS, PIPELINES, is_done, open_home, run_step
 from settings import Settings, UserError, run_script
 
-PIPELINE_OF = {"sample-week": "sample-embedded", "rtr": "rtr"}
+PIPELINE_OF = {"sample-week": "sample-embedded", "rtr": "rtr", "hm-week": "hm-week"}
 # What each leaves out or puts in its place: the first step that it changes, and how.
 VARIANTS: dict[str, tuple[str, list[str]]] = {
     "self-attention": ("train_simcse.py", ["--fusion", "self"]),
@@ -47,7 +48,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
 
 
 class AblateOptions(Settings):
-    split: CliPositionalArg[Literal["sample-week", "rtr"]] = Field(description="split to judge on")
+    split: CliPositionalArg[Literal["sample-week", "rtr", "hm-week"]] = Field(description="split to judge on")
     folder: CliPositionalArg[Path | None] = Field(None, description="folder of the data set")
     seeds: int = Field(3, ge=1, le=100, description="runs of each variant, of as many seeds from --seed on")
     only: list[str] = Field([], description=f"variants to run, beside the full model; of {', '.join(VARIANTS)}")

@@ -52,7 +52,8 @@ made = json.loads(file.read_text())
 gain = 0.5 if "--no-context" in made["user_tower"]["made"] else 0.7
 seed = int(sys.argv[sys.argv.index("--seed") + 1])
 one = Ratio(np.array([gain + seed / 10, 0.2]), np.ones(2))
-figures = {("retrieval", "ndcg@10", "all"): one, ("reranked", "ndcg@10", "all"): one, ("reranked", "mrr", "all"): one}
+short = "ndcg@12" if sys.argv[1] == "hm-week" else "ndcg@10"
+figures = {("retrieval", short, "all"): one, ("reranked", short, "all"): one, ("reranked", "mrr", "all"): one}
 write_ratios(pathlib.Path(sys.argv[sys.argv.index("--per-shopper") + 1]), figures)
 """
 )
@@ -61,19 +62,20 @@ STEPS = ["import_data.py", "train_simcse.py", "train_user.py", "train_reranker.p
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capfd, exit_code):
-    """Runs `ablate.py rtr FOLDER` with these scripts; gives exit code, stderr, and the steps that ran."""
+    """Runs `ablate.py SPLIT FOLDER` with these scripts; gives exit code, stderr, and the steps that ran."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rentals").mkdir()
     steps = [["import_data.py", "{folder}"], *([step] for step in STEPS[1:])]
-    steps += [["evaluate.py", split, "{folder}"] for split in ("rtr-warm", "rtr-cold")]
-    monkeypatch.setitem(run_split.PIPELINES, "rtr", steps)
+    for pipeline, splits in (("rtr", ["rtr-warm", "rtr-cold"]), ("hm-week", ["hm-week"])):
+        judged = [["evaluate.py", split, "{folder}"] for split in splits]
+        monkeypatch.setitem(run_split.PIPELINES, pipeline, steps + judged)
     for name in STEPS:
         (tmp_path / name).write_text(STEP)
     (tmp_path / "evaluate.py").write_text(EVALUATE)
 
-    def call(*arguments):
+    def call(*arguments, split="rtr"):
         (tmp_path / "log").write_text("")
-        code = exit_code(AblateOptions, main, "ablate.py", "rtr", "rentals", "--data-dir", "data", *arguments)
+        code = exit_code(AblateOptions, main, "ablate.py", split, "rentals", "--data-dir", "data", *arguments)
         ran = [line.partition(" --per-shopper")[0] for line in (tmp_path / "log").read_text().splitlines()]
         return code, capfd.readouterr().err, ran
 
@@ -120,6 +122,17 @@ def test_figures_of_each_run_and_differences_of_both_seeds_are_saved(run, tmp_pa
     assert {(curve["model"], curve["part"]) for curve in curves} == {
         ("ablation: full model, seed 0", "reranker"), ("ablation: full model, seed 1", "reranker"),
     }  # fmt: skip
+
+
+def test_another_split_has_figures_and_runs_of_its_own(run, tmp_path):
+    code, said, ran = run("--seeds", "1", "--only", "no title", split="hm-week")
+    assert (code, said) == (0, "")
+    judged = "evaluate.py hm-week rentals --seed 0"
+    first = ["train_simcse.py --seed 0", "train_simcse.py --no-title --seed 0"]
+    assert ran == ["import_data.py rentals", first[0], *(f"{step} --seed 0" for step in ALL[1:]), judged,
+                   first[1], *(f"{step} --seed 0" for step in ALL[1:]), judged]  # fmt: skip
+    assert rows_of(tmp_path)["hm-week", "ablation: no title, seed 0", "reranked", "ndcg@12"] == pytest.approx(0.45)
+    assert (tmp_path / "data/ablation-hm-week").is_dir()
 
 
 def test_what_is_finished_is_not_run_again_and_a_stopped_run_goes_on(run, tmp_path):
