@@ -127,10 +127,9 @@ def test_figures_of_each_run_and_differences_of_both_seeds_are_saved(run, tmp_pa
 def test_another_split_has_figures_and_runs_of_its_own(run, tmp_path):
     code, said, ran = run("--seeds", "1", "--only", "no title", split="hm-week")
     assert (code, said) == (0, "")
-    judged = "evaluate.py hm-week rentals --seed 0"
-    first = ["train_simcse.py --seed 0", "train_simcse.py --no-title --seed 0"]
-    assert ran == ["import_data.py rentals", first[0], *(f"{step} --seed 0" for step in ALL[1:]), judged,
-                   first[1], *(f"{step} --seed 0" for step in ALL[1:]), judged]  # fmt: skip
+    then = [*(f"{step} --seed 0" for step in ALL[1:]), "evaluate.py hm-week rentals --seed 0"]
+    full, without = "train_simcse.py --seed 0", "train_simcse.py --no-title --seed 0"
+    assert ran == ["import_data.py rentals", full, *then, without, *then]
     assert rows_of(tmp_path)["hm-week", "ablation: no title, seed 0", "reranked", "ndcg@12"] == pytest.approx(0.45)
     assert (tmp_path / "data/ablation-hm-week").is_dir()
 
