@@ -47,12 +47,13 @@ PEERS = ROOT / "benchmarks" / "peers"
 
 @dataclass(frozen=True)
 class Case:
-    """One shopper of the test: who, what they said, when, and what they then took."""
+    """One shopper of the test: who, what they said, when, and what they then took; or took beside the product `about`."""
 
     user_id: str
     context: str
     at: float
     targets: list[str]
+    about: str = ""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def draw_charts(
 def lines_of(rows: Rows) -> list[tuple[str, str]]:
     """(model, stage) in the order in which tables and charts show them: ours last, its reranked lists after what it retrieved."""
     found = {(row["model"], row["stage"]) for row in rows}
-    return sorted(found, key=lambda pair: (pair[0].startswith("styletower"), pair[0], pair[1] == "reranked"))
+    return sorted(found, key=lambda pair: (pair[0].startswith("styletower"), pair[0], pair[1] == "reranked", pair[1]))
 
 
 def _draw(draw: Callable[[Figure, Any], bool], data: Any, title: str, path: Path) -> bool:

@@ -6,6 +6,7 @@
     python evaluate.py sample-week             # the last week of the sample shop
     python evaluate.py page                    # docs/results.md, examples.md and charts from what was saved
 
+Judged are the list for a shopper, retrieved and reranked, and the lists beside a product (similar, because, basket).
 The database must hold the split's training events only (`import_data.py ... --until`); the test events are read from the files
 here and nowhere else. The figures are those of metrics.py, the rows those of results.py.
 """
@@ -13,7 +14,7 @@ here and nowhere else. The figures are those of metrics.py, the rows those of re
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -32,14 +33,14 @@ import datasets.rent_the_runway
 import datasets.s3rec
 import datasets.sample_shop
 import portrait
-from baselines import BASELINES, PEER_SCRIPTS, Case, Split, content_vectors, peer_lists
-from catalog import Rejected
+from baselines import BASELINES, PEER_SCRIPTS, Case, Score, Split, content_vectors, peer_lists
+from catalog import ListKind, Rejected
 from ceiling import Answers, Oracle
 from loaded_release import LoadedRelease, UnavailableError
-from metrics import RETRIEVED, Catalogue, Figure, compare, coverage, figures, measure, write_ratios
-from recommender import Recommender, Request
+from metrics import RETRIEVED, Catalogue, Figure, Ratio, compare, coverage, figures, measure, write_ratios
+from recommender import Recommended, Recommender, Request
 from release import Release
-from results import ORACLE, RESULTS, Row, commit, save, short_of, write_page
+from results import BESIDE, ORACLE, PLAIN_BESIDE, RESULTS, Row, commit, save, short_of, write_page
 from settings import Settings, UserError, run_script
 from store import Store
 from tensors import Histories
@@ -60,8 +61,11 @@ SOURCES = {  # modules, each with a `read`
     "sample-week": datasets.sample_shop,
 }
 SESSION = timedelta(hours=1)  # of the sample shop: what a shopper does within it belongs together
+TOGETHER = timedelta(days=1)  # what a shopper takes within it goes with what was taken first
 
-Lists = dict[tuple[str, str], list[list[str]]]  # of a model and stage: ranked product ids of each shopper
+Line = tuple[str, str]  # a model and stage
+Lists = dict[Line, list[list[str]]]  # ranked product ids of each shopper
+Measured = dict[Line, dict[tuple[str, str], Ratio]]  # by metric and slice
 
 
 class EvaluateOptions(Settings):
@@ -145,6 +149,29 @@ CASES: dict[str, Callable[[pl.DataFrame, set[str], dict[str, set[str]]], list[Ca
 }
 
 
+def beside_cases(taken: pl.DataFrame, group_of: Mapping[str, str | None], seen: dict[str, set[str]]) -> list[Case]:
+    """What goes with a product: the first one of the catalogue that a shopper took after the cut, stranger or not, and what else
+    they took within a day. What they had met before is no target, nor are the product's own colours and sizes, which no list has
+    to guess. Of products taken in one instant the lowest id is first. `group_of` has every product of the catalogue.
+    """
+    first: dict[str, Case] = {}
+    until: dict[str, datetime] = {}
+    events = taken.sort("at", "user_id", "product_id").select("user_id", "product_id", "at", "context")
+    for user_id, product_id, at, context in events.iter_rows():
+        if user_id not in first:
+            if product_id in group_of:
+                first[user_id] = Case(user_id, context, at.timestamp(), [], about=product_id)
+                until[user_id] = at + TOGETHER
+            continue
+        case = first[user_id]
+        group = group_of.get(product_id)
+        is_variant = product_id == case.about or (group is not None and group == group_of[case.about])
+        is_new = product_id not in seen.get(user_id, set()) and product_id not in case.targets
+        if at < until[user_id] and is_new and not is_variant:
+            case.targets.append(product_id)
+    return sorted((case for case in first.values() if case.targets), key=lambda case: case.user_id)
+
+
 def after_cut(split: str, folder: Path | None) -> pl.DataFrame:
     """What everybody took in the test days, read from the files."""
     events = [frame for frame in SOURCES[split].read(folder).events if not isinstance(frame, Rejected)]
@@ -176,32 +203,42 @@ def main(options: EvaluateOptions) -> None:
         }
         taken = after_cut(options.what, options.folder)
         cases = CASES[options.what](taken, known, seen)
+        groups = split.groups or [None] * len(split.product_ids)
+        beside = beside_cases(taken, dict(zip(split.product_ids, groups, strict=True)), seen)
         if not cases:
             raise UserError(
                 f"no shopper of {options.folder} can be judged on {options.what}; is this the data set's folder?"
             )
         if options.limit:
-            cases = cases[: options.limit]
+            cases, beside = cases[: options.limit], beside[: options.limit]
         recommender = Recommender(store, options, text_encoder)
         lists = _our_lists(options, recommender, cases)
+        lists_beside = _our_lists_beside(options, recommender, beside)
         if options.ceiling and not options.per_shopper:
             answered = lists[options.model, "reranked"]
             lists[ORACLE, "retrieval"] = _oracle_lists(options, recommender, split, cases, answered, taken)
-    history = np.array([len(seen.get(case.user_id, ())) for case in cases])
-    targets = [case.targets for case in cases]
+    catalogue = catalogue_of(split)
+
+    def measured(lists: Lists, cases: list[Case]) -> Measured:
+        history = np.array([len(seen.get(case.user_id, ())) for case in cases])
+        targets = [case.targets for case in cases]
+        return {line: measure(ranked, targets, history, catalogue) for line, ranked in lists.items()}
+
     if options.per_shopper:
-        catalogue = catalogue_of(split)
-        ours = {stage: measure(ranked, targets, history, catalogue) for (_, stage), ranked in lists.items()}
-        write_ratios(
-            options.per_shopper,
-            {(stage, *key): ratio for stage, ratios in ours.items() for key, ratio in ratios.items()},
-        )
+        ours: dict[tuple[str, ...], Ratio] = {
+            (stage, *key): ratio
+            for (_, stage), ratios in (measured(lists, cases) | measured(lists_beside, beside)).items()
+            for key, ratio in ratios.items()
+        }
+        write_ratios(options.per_shopper, ours)
         return
     if options.baselines:
-        for name, score in BASELINES.items():
-            found = _baseline_lists(split, cases, score)
-            if found is not None:
-                lists[name, "retrieval"] = found
+        for name, prepare in BASELINES.items():
+            score = prepare(split)
+            if score is not None:
+                lists[name, "retrieval"] = _baseline_lists(split, cases, score)
+                if beside:
+                    lists_beside[name, PLAIN_BESIDE] = _baseline_lists(split, beside, score)
     if options.peers:
         for name in options.peer or PEER_SCRIPTS:
             found = peer_lists(
@@ -211,7 +248,8 @@ def main(options: EvaluateOptions) -> None:
             if found is not None:
                 lists[name, "retrieval"] = found
 
-    rows = _rows(options, lists, targets, history, catalogue_of(split))
+    rows = _rows(options, lists, measured(lists, cases), catalogue)
+    rows += _rows(options, lists_beside, measured(lists_beside, beside), catalogue)
     for row in rows:
         print(
             f"{row.model:40s} {row.stage:10s} {row.metric:21s} {row.slice:12s} "
@@ -246,17 +284,39 @@ def _our_lists(options: EvaluateOptions, recommender: Recommender, cases: list[C
     pipeline's own rule. Raises UserError when there is no answer to judge."""
     retrieved, reranked = [], []
     for case in tqdm(cases, desc=options.what, unit="shopper"):
-        try:
-            answer = recommender.recommend(
-                Request(case.user_id, context=case.context, k=RETRIEVED, now=case.at, explain=False)
-            )
-        except UnavailableError as error:
-            raise UserError(str(error)) from error
-        if answer.degraded:  # popular items, given in place of what was asked: no figure of ours
-            raise UserError("the database did not answer in time; run this again when the machine is less busy")
-        reranked.append([item.product_id for item in answer.items])
-        retrieved.append([item.product_id for item in sorted(answer.items, key=lambda item: item.retrieval_rank)])
+        items = _items(
+            recommender, Request(case.user_id, context=case.context, k=RETRIEVED, now=case.at, explain=False)
+        )
+        reranked.append([item.product_id for item in items])
+        retrieved.append([item.product_id for item in sorted(items, key=lambda item: item.retrieval_rank)])
     return {(options.model, "retrieval"): retrieved, (options.model, "reranked"): reranked}
+
+
+def _our_lists_beside(options: EvaluateOptions, recommender: Recommender, cases: list[Case]) -> Lists:
+    """What the release answers beside each case's product, by kind of list; without `basket` where products have no category.
+    Raises UserError when there is no answer to judge."""
+    if not cases:
+        return {}
+    found: dict[ListKind, list[list[str]]] = {kind: [] for kind in BESIDE}
+    if options.list_category_field not in recommender.live().std_columns:
+        found.pop("basket")
+    for case in tqdm(cases, desc=f"{options.what}, beside a product", unit="shopper"):
+        asked = Request(case.user_id, context=case.context, k=RETRIEVED, now=case.at, explain=False)
+        for kind, lists in found.items():
+            about = replace(asked, cart=[case.about]) if kind == "basket" else replace(asked, product_id=case.about)
+            lists.append([item.product_id for item in _items(recommender, replace(about, kind=kind))])
+    return {(options.model, kind): lists for kind, lists in found.items()}
+
+
+def _items(recommender: Recommender, request: Request) -> list[Recommended]:
+    """A release's answer to one request. Raises UserError when there is none to judge."""
+    try:
+        answer = recommender.recommend(request)
+    except UnavailableError as error:
+        raise UserError(str(error)) from error
+    if answer.degraded:  # popular items, given in place of what was asked: no figure of ours
+        raise UserError("the database did not answer in time; run this again when the machine is less busy")
+    return answer.items
 
 
 def _oracle_lists(
@@ -279,18 +339,16 @@ def _oracle_lists(
     return Oracle(split, every, len(cases), Answers(queries, rows.vectors, ranked), taken).recommend()
 
 
-def _baseline_lists(
-    split: Split, cases: list[Case], prepare: Callable[[Split], Callable[[np.ndarray], np.ndarray] | None]
-) -> list[list[str]] | None:
-    """Ranked lists of one plain line: score every item, leave out what was met, ties by product order."""
-    score = prepare(split)
-    if score is None:
-        return None
+def _baseline_lists(split: Split, cases: list[Case], score: Score) -> list[list[str]]:
+    """Ranked lists of one plain line: score every item by what was met, or by the product that a list is about; leave out both,
+    ties by product order."""
+    row_of = {product_id: row for row, product_id in enumerate(split.product_ids)}
     lists = []
     for case in cases:
         met = split.items_of(case.user_id)
-        scores = score(met).astype(np.float64)
-        scores[met] = -np.inf
+        about = np.array([row_of[case.about]]) if case.about else met
+        scores = score(about).astype(np.float64)
+        scores[met] = scores[about] = -np.inf
         top = (
             np.argpartition(-scores, RETRIEVED)[: RETRIEVED + 1] if len(scores) > RETRIEVED else np.arange(len(scores))
         )
@@ -337,10 +395,10 @@ def _history(split: Split, user_id: str) -> list[str]:
     return [split.product_ids[row] for row in dict.fromkeys(rows.tolist())]
 
 
-def _rows(
-    options: EvaluateOptions, lists: Lists, targets: list[list[str]], history: np.ndarray, catalogue: Catalogue
-) -> list[Row]:
+def _rows(options: EvaluateOptions, lists: Lists, measured: Measured, catalogue: Catalogue) -> list[Row]:
     """Every figure of every line, then the release against itself before reranking, and against every other line."""
+    if not lists:
+        return []
     command = f"python evaluate.py {options.what}" + (" FOLDER" if options.folder else "")
     if options.model != "styletower":
         command += f" --model '{options.model}'"
@@ -351,16 +409,17 @@ def _rows(
     def row(model: str, stage: str, figure: Figure) -> Row:
         return Row(options.what, model, stage, **asdict(figure), commit=now, command=command)
 
-    measured = {line: measure(ranked, targets, history, catalogue) for line, ranked in lists.items()}
     rows = [
         row(*line, figure)
         for line, ratios in measured.items()
         for figure in [*figures(ratios), coverage(lists[line], catalogue)]
     ]
-    ours = options.model
-    pairs = [(f"{ours} reranked against its retrieval", (ours, "reranked"), (ours, "retrieval"))]
-    for stage in ("retrieval", "reranked"):
-        pairs += [(f"{ours} against {line[0]}", (ours, stage), line) for line in lists if line[0] != ours]
+    ours = [line for line in lists if line[0] == options.model]
+    others = [line for line in lists if line[0] != options.model]
+    pairs = [(f"{options.model} against {other[0]}", line, other) for line in ours for other in others]
+    if (options.model, "reranked") in ours:
+        one, other = (options.model, "reranked"), (options.model, "retrieval")
+        pairs.insert(0, (f"{options.model} reranked against its retrieval", one, other))
     metrics = (f"recall@{RETRIEVED}", f"ndcg@{short_of(options.what)}")
     compared = [(name, one, other, metric) for name, one, other in pairs for metric in metrics]
     found = compare(

@@ -195,6 +195,8 @@ def compare(pairs: Sequence[tuple[Ratio, Ratio]]) -> list[Comparison]:
 
     Both of a pair were measured on the same shoppers, and are means over the same shoppers or targets; ValueError if not.
     """
+    if not pairs:
+        return []
     for ours, theirs in pairs:
         if not np.array_equal(ours.denominator, theirs.denominator):
             raise ValueError("only ratios with the same denominators can be paired")

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from catalog import ListKind
 from charts import draw_charts, lines_of
 from metrics import HISTORIES, RETRIEVED, TOP, verdict
 from portrait import read_curves, read_maps, write_examples_page
@@ -24,6 +25,8 @@ RESULTS = Path("docs/results.json")
 STEPS = Path("docs/steps.json")  # written by run_split.py
 ABLATION, FULL, NO_TRANSFER = "ablation: ", "full model", "no transfer"
 ORACLE = "oracle, taught by the test days"  # see ceiling.py
+BESIDE: tuple[ListKind, ...] = ("similar", "because", "basket")  # lists beside a product: stages of rows of their own
+PLAIN_BESIDE = "beside a product"  # the stage of a plain line that is asked about a product
 SINGLE_RUN = "Of a model that was run once, the interval knows other shoppers, not what another seed would make of it."
 
 
@@ -33,7 +36,7 @@ class Row:
 
     split: str
     model: str
-    stage: str  # "retrieval" or "reranked"; of a features row, what was read
+    stage: str  # "retrieval" or "reranked"; beside a product, the kind of list; of a features row, what was read
     metric: str  # as in metrics.py
     slice: str
     value: float
@@ -69,6 +72,7 @@ def ablation_figures(split: str) -> list[tuple[str, str, str]]:
         ("retrieval", f"recall@{RETRIEVED}", "cold"),
         ("retrieval", short, "all"),
         ("reranked", short, "all"),
+        ("similar", recall, "all"),
     ]
 
 
@@ -115,6 +119,8 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         lines += ["Lists that were really made, good and bad: [examples.md](examples.md)."]
     ablations = [row for row in rows if row["model"].startswith(ABLATION)]
     rows = [row for row in rows if not row["model"].startswith(ABLATION)]
+    beside = [row for row in rows if row["stage"] in (*BESIDE, PLAIN_BESIDE)]
+    rows = [row for row in rows if row["stage"] not in (*BESIDE, PLAIN_BESIDE)]
     charts = draw_charts(
         [row for row in rows if not is_comparison(row["metric"])], RESULTS.parent / "charts",
         [row for row in ablations if is_comparison(row["metric"])], curves, read_maps(),
@@ -131,6 +137,7 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         lines += _pictures(drawn, "recall", "warm-cold")
         lines += _beyond_section(plain, short_of(split))
         lines += _comparisons_section([row for row in own if is_comparison(row["metric"])])
+        lines += _beside_section(split, [row for row in beside if row["split"] == split])
         lines += _pictures(drawn, "curves", "map")
         lines += _ablations_section(split, [row for row in ablations if row["split"] == split])
         lines += _pictures(drawn, "ablation", "transfer")
@@ -152,6 +159,15 @@ def write_page(rows: list[dict[str, Any]]) -> None:
 
 def _lists_section(rows: list[dict[str, Any]], short: int) -> list[str]:
     """Whether lists hold what was taken: recall of candidates, and the short list."""
+    lines = _found_section(rows, short)
+    if any(row["model"] == ORACLE for row in rows):
+        lines += [
+            "The oracle is told what no system can know at the cut (`ceiling.py`): it shows how far lists could go."
+        ]
+    return lines
+
+
+def _found_section(rows: list[dict[str, Any]], short: int) -> list[str]:
     recall = f"recall@{RETRIEVED}"
     columns = [
         (recall, "all"),
@@ -162,12 +178,23 @@ def _lists_section(rows: list[dict[str, Any]], short: int) -> list[str]:
     ]
     targets = {row["slice"]: row["n"] for row in rows if row["metric"] == recall}
     counts = [f"{targets[part]} ({part})" for part in ("all", "warm", "cold") if part in targets]
-    lines = [*_table(rows, columns, bounds=True), "", "Targets: " + ", ".join(counts) + "."]
-    if any(row["model"] == ORACLE for row in rows):
-        lines += [
-            "The oracle is told what no system can know at the cut (`ceiling.py`): it shows how far lists could go."
-        ]
-    return lines
+    return [*_table(rows, columns, bounds=True), "", "Targets: " + ", ".join(counts) + "."]
+
+
+def _beside_section(split: str, rows: list[dict[str, Any]]) -> list[str]:
+    """Whether lists beside a product hold what was taken with it."""
+    if not rows:
+        return []
+    return [
+        "",
+        f"### {split}: beside a product",
+        "",
+        "A shopper's first product of the test days is asked about; what else that shopper took within a day, new to them and not",
+        "the same product in another colour or size, is the target. A line a kind of list, and plain lines asked about the product",
+        "alone. A list of kind `basket` offers nothing of the product's own category, whatever was taken.",
+        *_found_section([row for row in rows if not is_comparison(row["metric"])], short_of(split)),
+        *_comparisons_section([row for row in rows if is_comparison(row["metric"])]),
+    ]
 
 
 def _beyond_section(rows: list[dict[str, Any]], short: int) -> list[str]:

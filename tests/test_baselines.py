@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from baselines import (
     BASELINES,
     EASE_REGULARISATION,
     Case,
+    Score,
     Split,
     best_window,
     content,
@@ -51,8 +53,14 @@ def split_of(events: Events, products: list[Product]) -> Split:
 
 def order(name: str, split: Split, user_id: str) -> str:
     """Items in the order in which this line offers them, as one word."""
-    (found,) = _baseline_lists(split, [Case(user_id, "", 0.0, [])], BASELINES[name]) or [[]]
-    return "".join(found)
+    return "".join(offered(BASELINES[name], split, user_id))
+
+
+def offered(line: Callable[[Split], Score | None], split: Split, user_id: str) -> list[str]:
+    score = line(split)
+    assert score is not None
+    (found,) = _baseline_lists(split, [Case(user_id, "", 0.0, [])], score)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +105,7 @@ def test_the_order_for_a_shopper_without_a_history(five, name, stranger):
     ],
 )
 def test_popularity_in_a_window(five, days, stranger):
-    (found,) = _baseline_lists(five, [Case("stranger", "", 0.0, [])], partial(popularity, days)) or [[]]
+    found = offered(partial(popularity, days), five, "stranger")
     assert "".join(found) == stranger
 
 
@@ -194,7 +202,7 @@ def test_ease_is_a_ridge_regression_of_each_item_on_the_others(random_split):
 
 def test_ease_is_left_out_where_its_matrix_would_not_fit(five, monkeypatch):
     monkeypatch.setattr(baselines, "EASE_MOST_ITEMS", 4)
-    assert _baseline_lists(five, [Case("u1", "", 0.0, [])], ease) is None
+    assert ease(five) is None
 
 
 def test_content_is_left_out_where_products_hardly_differ_on_paper():
@@ -220,7 +228,7 @@ def test_other_colours_of_what_was_taken_come_first_by_their_group():
     split = split_of([("u", "p0", 1)], products)
     with_groups = replace(split, groups=["g", None, "g", None, None, None, None, None])
     name = "content + log popularity + group"
-    assert _baseline_lists(split, [Case("u", "", 0.0, [])], BASELINES[name]) is None
+    assert BASELINES[name](split) is None
     score = BASELINES[name](with_groups)(np.array([0]))
     assert score[2] > 0.1 > score[3] == 0
     assert score[4] > score[2]  # the same words say more
@@ -300,7 +308,17 @@ def test_ties_at_the_end_of_a_long_list_go_by_product_order():
     """Of 130 items three sold; the other 97 places go to the first of the 126 that tie and were not met."""
     products = [Product(product_id=f"{item:03}", title="x") for item in range(130)]
     split = split_of([("u1", "120", 1), ("u2", "120", 1), ("u1", "125", 1), ("u2", "007", 1)], products)
-    (found,) = _baseline_lists(split, [Case("u2", "", 0.0, [])], BASELINES["popularity"]) or [[]]
+    found = offered(BASELINES["popularity"], split, "u2")
     assert found == ["125", *(f"{item:03}" for item in range(100) if item != 7)]
-    (found,) = _baseline_lists(split, [Case("stranger", "", 0.0, [])], BASELINES["popularity"]) or [[]]
+    found = offered(BASELINES["popularity"], split, "stranger")
     assert found == ["120", "007", "125", *(f"{item:03}" for item in range(98) if item != 7)]
+
+
+def test_beside_a_product_a_plain_line_is_asked_about_it_alone_and_offers_neither_it_nor_what_was_met(five):
+    """u1 met A, B and C; beside D, the other blue coat comes first for anybody who has not met it."""
+    score = BASELINES["content"](five)
+    asked = [Case(user_id, "", 0.0, [], about="D") for user_id in ("stranger", "u1")]
+    stranger, u1 = _baseline_lists(five, asked, score)
+    assert stranger[0] == "C"
+    assert sorted(stranger) == ["A", "B", "C", "E"]
+    assert u1 == ["E"]

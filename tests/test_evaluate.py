@@ -47,7 +47,7 @@ def test_sample_week_asks_for_what_is_new_in_the_first_session_after_the_cut(mon
 
 # --- who is judged, and on what
 
-A, B, C, D = "0123456001", "0123456002", "0123456003", "0123456004"
+A, B, C, D = "0123455001", "0123456002", "0123456003", "0123456004"
 
 
 @pytest.fixture
@@ -116,6 +116,37 @@ def test_s3rec_asks_for_the_last_item_of_everyone_with_a_past(tmp_path):
     assert {user: {item for other, item, *_ in before if other == user} for user in seen} == seen
 
 
+# --- what is asked beside a product
+
+
+def beside(log: list[tuple[str, str, float]], seen: dict[str, set[str]] | None = None) -> list[tuple]:
+    """Who is asked about which product, with which targets, when `log` (shopper, product, hours after the cut) is taken. Of the
+    catalogue's four, a and b are one in two colours, c and d are of no group."""
+    cut = CUTS["hm-week"]
+    taken = [Event(user_id=user, product_id=product, at=cut + timedelta(hours=hours)) for user, product, hours in log]
+    cases = evaluate.beside_cases(event_frame(taken), {"a": "g", "b": "g", "c": None, "d": None}, seen or {})
+    return [(case.user_id, (case.at - cut.timestamp()) / 3600, case.about, case.targets) for case in cases]
+
+
+def test_beside_the_first_product_stands_what_else_was_taken_within_a_day():
+    log = [("u", "c", 5), ("u", "a", 6), ("u", "d", 28), ("u", "a", 7), ("u", "c", 8), ("u", "b", 29), ("lone", "a", 0)]
+    assert beside(log) == [("u", 5, "c", ["a", "d"])]
+
+
+def test_a_product_in_another_colour_and_what_was_met_before_are_no_targets():
+    log = [("u", "a", 0), ("u", "b", 1), ("u", "c", 2), ("u", "d", 3), ("v", "a", 0), ("v", "b", 1)]
+    assert beside(log, {"u": {"c"}}) == [("u", 0, "a", ["d"])]
+    assert beside([("u", "c", 0), ("u", "d", 1)]) == [("u", 0, "c", ["d"])]  # no group is no common group
+
+
+def test_what_the_catalogue_does_not_hold_is_missed_in_a_list_but_not_asked_about():
+    assert beside([("u", "gone", 0), ("u", "c", 1), ("u", "new", 2)]) == [("u", 1, "c", ["new"])]
+
+
+def test_of_products_taken_in_one_instant_the_lowest_id_is_asked_about():
+    assert beside([("u", "d", 0), ("u", "a", 0), ("u", "c", 0)]) == [("u", 0, "a", ["c", "d"])]
+
+
 # --- the script, its rows and its page
 
 
@@ -131,7 +162,7 @@ class ScriptedRecommender:
         self.store = SimpleNamespace(vectors=SimpleNamespace(fetch=lambda release, ids: rows))
 
     def live(self):
-        return SimpleNamespace(name="scripted")
+        return SimpleNamespace(name="scripted", std_columns={"category": []})
 
     def query(self, request):
         return np.full((1, 2), len(request.context), dtype=np.float32)
@@ -163,8 +194,16 @@ def judge(store, settings, hm_folder, monkeypatch, capsys, exit_code):
 
 def test_the_script_judges_both_stages_and_the_plain_lines(judge, hm_folder):
     assert judge("hm-week", ".")[0] == 0
-    asked = [(request.user_id, request.now, request.k) for request in ScriptedRecommender.asked]
-    assert asked == [("c1", CUTS["hm-week"].timestamp(), 100), ("c2", CUTS["hm-week"].timestamp(), 100)]
+    asked = [
+        (request.kind, request.user_id, request.product_id, request.cart, request.now, request.k)
+        for request in ScriptedRecommender.asked
+    ]
+    cut = CUTS["hm-week"].timestamp()
+    assert asked == [
+        ("for_you", "c1", None, (), cut, 100), ("for_you", "c2", None, (), cut, 100),
+        # c1 is the only one who took two things on one day, A and C.
+        ("similar", "c1", A, (), cut, 100), ("because", "c1", A, (), cut, 100), ("basket", "c1", None, [A], cut, 100),
+    ]  # fmt: skip
     rows = json.loads((hm_folder / "docs/results.json").read_text())
     found = {(row["model"], row["stage"], row["metric"], row["slice"]): (row["value"], row["n"]) for row in rows}
     # c1 took C, which nobody had before: second in both lists. c2 took D: third, then first.
@@ -185,6 +224,15 @@ def test_the_script_judges_both_stages_and_the_plain_lines(judge, hm_folder):
     assert found["popularity", "retrieval", "coverage@10", "all"] == (1.0, 2)
     assert found["popularity", "retrieval", "diversity@10", "all"][0] == pytest.approx(0.0)  # four parkas
 
+    # Beside A, c1 took C: second in the scripted list, and last of what popularity offers, B and D first.
+    for kind in ("similar", "because", "basket"):
+        assert found["styletower", kind, "ndcg@12", "all"] == (pytest.approx(second), 1)
+        beside = ("styletower against popularity", kind, "ndcg@12 difference", "all")
+        assert found[beside] == (pytest.approx(second - third), 1)
+    assert found["popularity", "beside a product", "ndcg@12", "all"] == (pytest.approx(third), 1)
+    assert (hm_folder / "docs/results.md").read_text().count("### hm-week: beside a product") == 1
+
+    found = {name: value for name, value in found.items() if name[1] in ("retrieval", "reranked")}
     against = {name: found[name] for name in found if " against " in name[0]}
     reranking = ("styletower reranked against its retrieval", "reranked")
     assert against[*reranking, "ndcg@12 difference", "all"] == (pytest.approx((1 - third) / 2), 2)
@@ -193,7 +241,7 @@ def test_the_script_judges_both_stages_and_the_plain_lines(judge, hm_folder):
     assert against[*reranked, "ndcg@12 difference", "all"] == (pytest.approx((1 - third) / 2), 2)
     assert against[*reranked, "recall@100 difference", "all"] == (0.0, 2)
     plain = set(evaluate.BASELINES) - {"sentence encoder"}  # the text encoder is left out here, so its line is too
-    assert {row["model"] for row in rows} - {name[0] for name in against} == {"styletower", *plain}
+    assert {name[0] for name in found} - {name[0] for name in against} == {"styletower", *plain}
     assert {name[0] for name in against if name[1] == "retrieval"} == {f"styletower against {name}" for name in plain}
 
     def written():
@@ -219,6 +267,7 @@ def test_each_shoppers_part_can_be_written_instead_without_the_oracle(judge, hm_
     assert found["retrieval", "ndcg@12", "all"].numerator == pytest.approx([second, third])
     assert found["reranked", "ndcg@12", "all"].numerator == pytest.approx([second, 1])
     assert found["reranked", "recall@100", "cold"].denominator.tolist() == [1, 0]
+    assert found["similar", "ndcg@12", "all"].numerator == pytest.approx([second])
     assert not (hm_folder / "docs").exists()
 
 
@@ -276,8 +325,15 @@ def test_the_oracle_stands_beside_and_is_taught_by_who_said_something_when_they_
 
 def test_a_limited_run_writes_nothing(judge, hm_folder):
     assert judge("hm-week", ".", "--limit", "1")[0] == 0
-    assert len(ScriptedRecommender.asked) == 1
+    asked = [(request.kind, request.user_id) for request in ScriptedRecommender.asked]
+    assert asked == [("for_you", "c1"), ("similar", "c1"), ("because", "c1"), ("basket", "c1")]
     assert not (hm_folder / "docs").exists()
+
+
+def test_without_categories_no_basket_is_judged(judge, hm_folder):
+    assert judge("hm-week", ".", "--list-category-field", "kind of garment")[0] == 0
+    kinds = {request.kind for request in ScriptedRecommender.asked}
+    assert kinds == {"for_you", "similar", "because"}
 
 
 def test_a_database_that_holds_the_answers_is_refused(judge, store, hm_folder):

@@ -202,10 +202,36 @@ def test_a_variants_difference_and_runs_replace_their_own(docs):
     ]  # fmt: skip
 
 
+def test_lists_beside_a_product_have_a_section_of_their_own(docs):
+    ours, kinds = "styletower", ("similar", "because", "basket")
+    metric = "recall@100 difference"
+    save(
+        [
+            row("rtr-warm", ours, 0.5), row("rtr-warm", "EASE", 0.25), row("rtr-warm", "EASE", 0.125, stage="beside a product"),
+            row("rtr-warm", f"{ours} against EASE", 0.0625, metric=metric, stage="similar"),
+            *(row("rtr-warm", ours, 0.75, stage=kind) for kind in kinds),
+        ]
+    )  # fmt: skip
+    of_shoppers, beside, compared = tables(docs)
+    assert [line.split(" | ")[:2] for line in of_shoppers[2:]] == [
+        ["| EASE", "retrieval"],
+        ["| **styletower**", "retrieval"],
+    ]
+    assert beside[2:] == [
+        "| EASE | beside a product | 0.1250 [0.1150, 0.1350] |",
+        *(f"| **styletower** | {kind} | 0.7500 [0.7400, 0.7600] |" for kind in sorted(kinds)),
+    ]
+    assert compared[2].startswith("| styletower against EASE | similar | +0.0625")
+    before = page(docs)
+    assert before.count("### rtr-warm: beside a product") == 1
+    save([row("rtr-warm", ours, 0.5)])  # judged again without them: they stay
+    assert page(docs) == before
+
+
 def test_the_small_shop_is_judged_by_shorter_lists():
     assert ablation_figures("sample-week")[0] == ("retrieval", "recall@10", "all")
     assert ablation_figures("rtr-cold")[0] == ("retrieval", "recall@100", "all")
-    assert ablation_figures("rtr-cold")[-1] == ("reranked", "ndcg@10", "all")
+    assert ablation_figures("rtr-cold")[-2:] == [("reranked", "ndcg@10", "all"), ("similar", "recall@100", "all")]
 
 
 def test_the_page_says_how_much_sooner_a_reranker_with_tables_is_as_good(docs):
