@@ -132,18 +132,19 @@ def serving(app: str, environment: dict[str, str], *arguments: str) -> Iterator[
     process = subprocess.Popen(command, env={**os.environ, **environment})
     address = f"http://127.0.0.1:{port}"
     try:
-        while not _ready(address):
-            assert process.poll() is None, "the server ended"
-            time.sleep(0.01)
+        with httpx.Client(base_url=address, timeout=30) as client:  # to make one takes as long as a good part of a start
+            while not _ready(client):
+                assert process.poll() is None, "the server ended"
+                time.sleep(0.01)
         yield psutil.Process(process.pid), address, time.perf_counter() - started
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait()
 
 
-def _ready(address: str) -> bool:
+def _ready(client: httpx.Client) -> bool:
     try:
-        return httpx.get(f"{address}/ready", timeout=30).is_success
+        return client.get("/ready").is_success
     except httpx.TransportError:
         return False
 
