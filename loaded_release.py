@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from catalog import ListKind
+from model_user import FusedUserTower
 from release import SEARCH_SPACE, ItemEncoder, Release
 from settings import UserError
 from store import Store
@@ -38,6 +39,7 @@ class LoadedRelease:
         self._indexed_at = self._space_written_at()  # before the rest is read: what changes meanwhile is noticed
         self.encoder = ItemEncoder(release, text_encoder)
         self.user_tower = release.user_tower()
+        self.fused_tower = FusedUserTower(self.user_tower)  # of one shopper
         self.link_weights = self.user_tower.link_weights
         self._basket_weights = self.user_tower.basket_weights
         self.scale = float(self.user_tower.log_scale.detach().exp())  # of a query's unit part

@@ -11,13 +11,14 @@ Beside that deep part stands a wide one, which no vector holds: learned weights 
 item_links.py). Retrieval adds them to the inner product.
 
 The reading of the history by its latest event: Kang and McAuley, "Self-attentive sequential recommendation", ICDM 2018. The loss:
-train_user.py.
+train_user.py. `UserTower` is trained; `FusedUserTower` serves what was trained, to one shopper at a time.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -252,3 +253,105 @@ class UserTower(nn.Module):
             context=batch.context * keep(batch.context),
             profile=torch.where(keep(batch.profile), batch.profile, hidden_profile),
         )
+
+
+class FusedUserTower:
+    """A trained `UserTower` for one shopper: the same query within 1e-5, in well under half the time.
+
+    So small a forward takes what its operations cost each, however little they compute: this one has no padding to mask, asks for
+    no parameter by name, does as one what reads the same input, and leaves out a context that was not given.
+    """
+
+    def __init__(self, tower: UserTower) -> None:
+        def weights(*layers: Any) -> tuple[Tensor, ...]:
+            return tuple(parameter.detach() for layer in layers for parameter in (layer.weight, layer.bias))
+
+        config = self._config = tower.config
+        self._event = (
+            torch.cat([tower.item_input.weight, tower.age_input.weight], dim=1).detach(),
+            (tower.item_input.bias + tower.age_input.bias).detach(),
+        )
+        self._kinds, self._recency = (
+            tower.kind_embedding.weight.detach(),
+            tower.recency_embedding.weight.detach().flip(0),
+        )
+        self._token = tower.behaviour_token.detach().unsqueeze(0)
+        self._layers = [
+            (
+                *weights(layer.norm1), layer.self_attn.in_proj_weight.detach(), layer.self_attn.in_proj_bias.detach(),
+                *weights(layer.self_attn.out_proj, layer.norm2, layer.linear1, layer.linear2),
+            )
+            for layer in tower.behaviour.layers
+        ]  # fmt: skip
+        self._pool_weight = tower.pool_weight.weight.detach().squeeze(0)
+        self._context_scaler, self._context = tower.context_scaler, weights(tower.context[0], tower.context[2])
+        self._profile = weights(tower.profile)
+        self._fusion = weights(tower.fusion[0], tower.fusion[1])
+        follows = float(config.popularity)
+        self._unit_and_popularity = (
+            torch.cat([tower.to_item.weight, follows * tower.to_popularity.weight]).detach(),
+            torch.cat([tower.to_item.bias, follows * tower.to_popularity.bias]).detach(),
+        )
+        self._collaborative = weights(tower.to_collaborative)
+        self._history_gain, self._scale = tower.history_gain.item(), tower.log_scale.exp().item()
+
+    @torch.inference_mode()
+    def __call__(self, batch: UserBatch) -> Tensor:
+        """Query float32 [1, row_width] of a batch of one. Raises ValueError when some of its events are padding."""
+        config, width = self._config, self._config.width
+        met, count = int(batch.history_mask.sum()), batch.history_mask.numel()
+        if len(batch.history_mask) != 1 or count > config.history or met not in (0, count):
+            raise ValueError(
+                f"one shopper of up to {config.history} events and no padding, not {tuple(batch.history_mask.shape)}"
+            )
+        has_history = config.behaviour and met > 0
+        # The shopper and, where a history is trusted in part, a stranger of the same context and body.
+        inputs = torch.zeros(2 if has_history and config.history_trust < 1.0 else 1, 3 * width + 3)
+        if config.context and bool(batch.context.any()):
+            first, first_bias, second, second_bias = self._context
+            context = F.gelu(F.linear(self._context_scaler(batch.context), first, first_bias))
+            inputs[:, width : 2 * width] = F.linear(context, second, second_bias)
+            inputs[:, 3 * width + 1] = 1.0
+        if config.profile and bool(batch.profile[:, : config.profile_width // 2].any()):
+            inputs[:, 2 * width : 3 * width] = F.linear(batch.profile, *self._profile)
+            inputs[:, 3 * width + 2] = 1.0
+        if not has_history:
+            return self._query(inputs, None)
+        latest, liked = self._past(batch)
+        inputs[0, :width] = latest
+        inputs[0, 3 * width] = 1.0
+        queries = self._query(inputs, liked)
+        return queries if len(queries) == 1 else torch.lerp(queries[1:], queries[:1], config.history_trust)
+
+    def _past(self, batch: UserBatch) -> tuple[Tensor, Tensor]:
+        """The latest event in the light of all [width], and the mean of what was touched [item_width]."""
+        config, history = self._config, batch.history[0]
+        count = len(history)
+        collaborative = batch.collaborative[0, :, : config.collaborative]
+        told = torch.cat([history, collaborative, batch.age[0].unsqueeze(1)], dim=1)
+        events = F.linear(told, *self._event) + self._kinds[batch.kind[0]] + self._recency[-count:]
+        hidden = torch.cat([self._token, events])  # (1 + T, width)
+        for norm1, bias1, read, read_bias, out, out_bias, norm2, bias2, up, up_bias, down, down_bias in self._layers:
+            normed = F.layer_norm(hidden, (config.width,), norm1, bias1)
+            parts = F.linear(normed, read, read_bias).view(1, count + 1, 3, config.heads, -1)
+            query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)  # (1, heads, 1 + T, width / heads)
+            attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(count + 1, -1)
+            hidden = hidden + F.linear(attended, out, out_bias)
+            normed = F.layer_norm(hidden, (config.width,), norm2, bias2)
+            hidden = hidden + F.linear(F.gelu(F.linear(normed, up, up_bias)), down, down_bias)
+        # The bias of the weights is the same for every event: a softmax does not see it.
+        return hidden[count], torch.mv(hidden[1:], self._pool_weight).softmax(0) @ history
+
+    def _query(self, inputs: Tensor, liked: Tensor | None) -> Tensor:
+        """[R, row_width] of inputs [R, 3 * width + 3]; `liked` is the first one's."""
+        config = self._config
+        norm, norm_bias, fuse, fuse_bias = self._fusion
+        fused = F.gelu(F.linear(F.layer_norm(inputs, inputs.shape[1:], norm, norm_bias), fuse, fuse_bias))
+        asked = F.linear(fused, *self._unit_and_popularity)
+        if liked is not None:
+            asked[0, : config.item_width] += self._history_gain * liked
+        unit, popularity = asked.split([config.item_width, config.popularity_width], dim=1)
+        parts = [self._scale * F.normalize(unit, dim=1), popularity]
+        if config.collaborative:
+            parts.append(F.linear(torch.cat([inputs[:, : config.width], fused], dim=1), *self._collaborative))
+        return torch.cat(parts, dim=1)

@@ -370,9 +370,7 @@ class Recommender:
             context=torch.from_numpy(context),
             profile=torch.from_numpy(profile),
         )
-        with torch.inference_mode():
-            query = loaded.user_tower(batch).numpy()
-        return Past(unit, mask, std, re, price, profile), batch, query
+        return Past(unit, mask, std, re, price, profile), batch, loaded.fused_tower(batch).numpy()
 
     def _candidates(self, loaded: LoadedRelease, query: np.ndarray, request: Request, state: UserState) -> Found:
         """The best by inner product and links, and among them a share of products that nobody met yet: without one they would

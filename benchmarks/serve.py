@@ -43,6 +43,7 @@ from benchmarks import big_shop
 from benchmarks.big_shop import DEAREST, RELEASE, SHOPPERS, base_shop, open_shop
 from benchmarks.performance import FLOOR, Row, save
 from build_index import IndexedTable
+from model_user import FusedUserTower
 from release import Release
 from results import commit
 from settings import Settings, run_script
@@ -132,7 +133,9 @@ def serving(app: str, environment: dict[str, str], *arguments: str) -> Iterator[
     process = subprocess.Popen(command, env={**os.environ, **environment})
     address = f"http://127.0.0.1:{port}"
     try:
-        with httpx.Client(base_url=address, timeout=30) as client:  # to make one takes as long as a good part of a start
+        with httpx.Client(
+            base_url=address, timeout=30
+        ) as client:  # to make one takes as long as a good part of a start
             while not _ready(client):
                 assert process.poll() is None, "the server ended"
                 time.sleep(0.01)
@@ -197,7 +200,7 @@ def floors(store: Store, release: Release, base: big_shop.Base, queries: np.ndar
     """Median milliseconds of the physical parts of an answer: of each over and over, with all that it needs in the processor's
     caches, and of all in turn, as an answer needs them."""
     torch.set_num_threads(1)
-    tower, reranker = release.user_tower(), release.reranker()
+    tower, reranker = FusedUserTower(release.user_tower()), release.reranker()
     batch, ranked = forward_inputs(release, base)
     table = table_of(RELEASE).as_string(None)
     ef_search = release.manifest["index"]["ef_search"]

@@ -26,8 +26,8 @@ from model_reranker import (
     transfer,
 )
 from model_simcse import ItemTower, ItemTowerConfig, starting_table
-from model_user import UserTower, UserTowerConfig
-from tensors import HISTORY_LENGTH, POSITION, ItemBatch, LinkWeights, RerankBatch, UserBatch
+from model_user import FusedUserTower, UserTower, UserTowerConfig
+from tensors import HISTORY_LENGTH, KINDS, POSITION, ItemBatch, LinkWeights, RerankBatch, UserBatch
 from train_simcse import alignment_uniformity, contrastive_loss, nt_xent
 from vocab import MASK, PAD
 
@@ -313,6 +313,36 @@ def test_a_history_speaks_as_far_as_it_is_trusted_and_a_stranger_is_served_as_ev
     torch.testing.assert_close(half(batch)[2], own[2])
     torch.testing.assert_close(half(nobody), strangers)
     torch.testing.assert_close(half.stranger_query(batch), strangers)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    length=st.integers(0, USER.history), trust=st.sampled_from([1.0, 0.75]), collaborative=st.sampled_from([0, 2]),
+    layers=st.integers(1, 2), off=st.sampled_from(["", "behaviour", "context", "profile", "popularity"]), context=st.booleans(),
+    profile=st.booleans(),
+)  # fmt: skip
+def test_the_tower_that_serves_asks_the_same(length, trust, collaborative, layers, off, context, profile):
+    config = replace(
+        USER, history_trust=trust, collaborative=collaborative, layers=layers, **({off: False} if off else {})
+    )
+    tower, batch = user_tower(config), shoppers(1, length) if length else NOBODY
+    for layer in tower.behaviour.layers:  # biases start at 0, and would not be missed
+        torch.nn.init.normal_(layer.self_attn.in_proj_bias)
+    batch = replace(
+        batch,
+        kind=torch.arange(max(1, length)).unsqueeze(0) % KINDS,
+        context=shoppers(1).context if context else NOBODY.context,
+        profile=shoppers(1).profile if profile else NOBODY.profile,
+    )
+    torch.testing.assert_close(FusedUserTower(tower)(batch), tower(batch), atol=1e-5, rtol=1e-5)
+
+
+def test_the_tower_that_serves_takes_one_shopper_without_padding():
+    fused, batch = FusedUserTower(user_tower()), shoppers(1, 3)
+    padded = replace(batch, history_mask=torch.tensor([[False, True, True]]))
+    for wrong in (padded, shoppers(2, 3), shoppers(1, USER.history + 1)):
+        with pytest.raises(ValueError, match="up to 6 events and no padding"):
+            fused(wrong)
 
 
 def test_a_history_is_encoded_once_and_where_there_is_none_only_in_training():

@@ -613,6 +613,7 @@ def test_a_list_costs_two_round_trips_and_each_model_once(asked, monkeypatch):
 
     monkeypatch.setattr(store.pool, "connection", counted("round trips", store.pool.connection))
     monkeypatch.setattr(loaded.user_tower, "forward", counted("user tower", loaded.user_tower.forward))
+    monkeypatch.setattr(loaded, "fused_tower", counted("user tower", loaded.fused_tower))
     monkeypatch.setattr(loaded.reranker, "forward", counted("reranker", loaded.reranker.forward))
     for explain, round_trips, passes in ((False, 2, 1), (True, 4, 2)):
         counts.clear()
