@@ -214,9 +214,12 @@ def _leave_out(
         bonus = weights.gain(together, 0.0)
     elif sought.bonus is not None:
         bonus += sought.bonus
+        named = 0.0 if sought.named is None else sought.named
         for row, part in enumerate(parts, start=1):
+            if isinstance(part, _Context):
+                bonus[row] -= named
             if plan.anchor is not None and isinstance(part, _Product) and part.product_id == plan.anchor.product_id:
-                bonus[row] = 0.0
+                bonus[row] = named
     by_query = query @ found.vectors.T
     retrieval = by_query + weights.gain(together, variant)
     features = _features(loaded, sought, chosen, without_past, query, retrieval, together, variant)
@@ -317,7 +320,7 @@ def _of_part(
         )
     if isinstance(part, _Context):
         context = plan.request.context.strip()
-        field, value = _named(loaded, sought.found.std_ids[row], sought.found.re_ids[row], normalise(context))
+        field, value = _named(loaded, sought.found.std_ids[row], sought.found.re_ids[row], plan)
         return Reason("context", field, value or context, weight=weight, text=wording.of_context(context, field, value))
     if plan.kind == "because" and plan.anchor is not None and part.product_id == plan.anchor.product_id:
         kind, text = "because", wording.of_anchor(part.title)
@@ -341,12 +344,19 @@ def _of_part(
     return Reason(kind, "", "", part.product_id, part.title, weight, text)
 
 
-def _named(loaded: LoadedRelease, std_ids: np.ndarray, re_ids: np.ndarray, told: str) -> tuple[str, str]:
-    """The first attribute (field, value) of an item that the context, normalised, names; empty if none."""
+def _named(loaded: LoadedRelease, std_ids: np.ndarray, re_ids: np.ndarray, plan: Plan) -> tuple[str, str]:
+    """The first attribute (field, value) of an item that the context names; empty if none."""
+    told = normalise(plan.request.context)
+    words = {
+        (field, normalise(value))
+        for fields in (plan.named.std, plan.named.re)
+        for field, some in fields.items()
+        for value in some
+    }
     for vocab, ids in ((loaded.encoder.std_vocab, std_ids), (loaded.encoder.re_vocab, re_ids)):
         for word_id in ids[ids >= FIRST_WORD]:
             field, value = vocab.word(int(word_id))
-            if value in told:
+            if (field, value) in words or value in told:
                 return field, value
     return "", ""
 

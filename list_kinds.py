@@ -9,6 +9,9 @@
 - `trending`: what shoppers want now; each act counts half after a half-life.
 - `again`: what the shopper bought, that first which is due.
 
+Where a context names closed values ("a black dress"), lists of kind `for_you` and `because` are first of what has them: so much is
+added to the logit for each, and products are searched among those too (context_words.py).
+
 A list that cannot be made of its kind (nothing looked at yet, nothing known in the cart) is the one for the shopper, and its `kind`
 and a warning say so. A list of what to buy again is never filled with anything else.
 """
@@ -25,6 +28,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar, get_args
 import numpy as np
 
 from catalog import ListKind
+from context_words import NOTHING, Named
 from loaded_release import LoadedRelease
 from rule_search import Limits, Search
 from settings import Settings
@@ -87,6 +91,7 @@ class Plan:
     anchor_vector: np.ndarray | None = None  # float32 [item width], unit length
     cart: Sequence[str] = ()  # what is known of it
     purchases: Sequence[Purchases] = ()
+    named: Named = NOTHING  # by the context
 
     @property
     def linked_from(self) -> list[str]:
@@ -101,6 +106,7 @@ class Sought:
     found: Found
     scores: np.ndarray | None = None  # float [N], falling: the order of a kind that asks no reranker
     bonus: np.ndarray | None = None  # float [N], added to the reranker's logits
+    named: np.ndarray | None = None  # float [N], of that bonus what stands for the words of the context
     stages: Sequence[str] = ()  # of each product, where no reranker is asked: who put it there
 
 
@@ -162,6 +168,13 @@ class ListKinds:
     def plan(self, loaded: LoadedRelease, request: Request, state: UserState, now: float) -> Plan:
         """Raises UnknownProductError when the product that the list is about is not there, RequestError when the shop cannot tell
         categories."""
+        plan = self._of_kind(loaded, request, state, now)
+        if plan.kind not in ("for_you", "because") or not self.settings.context_words:
+            return plan
+        # Whoever filters by a field has said more plainly what of it they want.
+        return replace(plan, named=loaded.context_words.named(request.context).but(request.filters.std))
+
+    def _of_kind(self, loaded: LoadedRelease, request: Request, state: UserState, now: float) -> Plan:
         if request.kind == "similar":
             return self._about(loaded, request, state, [request.product_id or ""])
         if request.kind == "because":
@@ -249,21 +262,49 @@ class ListKinds:
         if plan.anchor_vector is not None:
             pull[: loaded.item_width] = loaded.scale * plan.anchor_vector
 
+        def candidates() -> Found:
+            found = usual.candidates(query + pull, request, state)
+            return self._named_first(loaded, plan, query + pull, usual, limits, count, found) if plan.named else found
+
         def finished(found: Found) -> Sought:
-            if plan.anchor_vector is None:
-                return Sought(found)
-            found = _ordered(found, _product(found, query) + loaded.link_weights.gain(found.together, found.variant))
-            likeness = _product(found, pull)
-            # Less the mean, as the retrieval score is to the reranker: a score then says what tells this item from the others.
-            return Sought(found, bonus=likeness - likeness.mean() if len(likeness) else likeness)
+            bonus = named = None
+            if plan.anchor_vector is not None:
+                found = _ordered(
+                    found, _product(found, query) + loaded.link_weights.gain(found.together, found.variant)
+                )
+                likeness = _product(found, pull)
+                # Less the mean, as the retrieval score is to the reranker: a score then says what tells this item from the others.
+                bonus = likeness - likeness.mean() if len(likeness) else likeness
+            if plan.named:
+                vocabularies = loaded.encoder.std_vocab, loaded.encoder.re_vocab
+                named = plan.named.lift(found.std_ids, found.re_ids, *vocabularies, self.settings.list_category_field)
+                bonus = named if bonus is None else bonus + named
+            return Sought(found, bonus=bonus, named=named)
 
         return Source(
             query + pull,
             usual.search(request, linked(plan.linked_from, loaded.link_weights)),
             lambda limit: usual.new_goods(query + pull, request, state, limit),
-            lambda: usual.candidates(query + pull, request, state),
+            candidates,
             finished,
         )
+
+    def _named_first(
+        self, loaded: LoadedRelease, plan: Plan, query: np.ndarray, usual: Usual, limits: Limits, count: int, found: Found,
+    ) -> Found:  # fmt: skip
+        """`count` candidates: what has all that the context names, then what has some of it, then what was `found`."""
+        request, conditions = plan.request, plan.named.conditions(self.settings.list_category_field)
+        each = [[one] for one in conditions] if len(conditions) > 1 else []
+        history = linked(plan.linked_from, loaded.link_weights)
+        first: Found | None = None
+        for wanted in (conditions, *each):
+            filters = replace(request.filters, also=[*request.filters.also, *wanted])
+            more = usual.search(replace(request, filters=filters), history)(query, count, limits)
+            first = more if first is None else _with(first, more, count)
+            if len(first.product_ids) >= count:
+                break
+        assert first is not None
+        return _with(first, found, count)
 
     def _likeness(
         self, loaded: LoadedRelease, query: np.ndarray, plan: Plan, usual: Usual, limits: Limits, count: int
@@ -436,6 +477,12 @@ def linked(product_ids: Sequence[str], weights: LinkWeights) -> History:
 def _ordered(found: Found, scores: np.ndarray) -> Found:
     """With those scores, best first."""
     return replace(found, scores=scores.astype(np.float32)).take(np.argsort(-scores, kind="stable"))
+
+
+def _with(first: Found, more: Found, count: int) -> Found:
+    """All of the first, and of the others the best until there are `count`."""
+    others = more.without(set(first.product_ids)).take_first(max(0, count - len(first.product_ids)))
+    return first.joined(others)
 
 
 def _placed(found: Found, start: int) -> Found:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from catalog import ListKind
+from context_words import ContextWords
 from model_user import FusedUserTower
 from release import SEARCH_SPACE, ItemEncoder, Release
 from settings import UserError
@@ -50,10 +51,11 @@ class LoadedRelease:
         self.new_goods = float(release.manifest["reranker"]["options"]["new_goods"])
         self.search_space = release.search_space()
         self.ef_search = int(release.manifest["index"]["ef_search"])  # what the index's recall was measured with
+        schema = release.schema()
         self.allowed_values = {
-            field_name: {normalise(value): value for value in values}
-            for field_name, values in release.schema().std.items()
+            field_name: {normalise(value): value for value in values} for field_name, values in schema.std.items()
         }
+        self.context_words = ContextWords(schema)
 
     @property
     def is_current(self) -> bool:

@@ -148,10 +148,12 @@ class Recommender:
         return self.releases.live()
 
     def refresh(self) -> None:
-        """The popular items and the trends in memory as they are now; the same as before when the database is away."""
+        """The popular items and the trends in memory as they are now; the same as before when the database is away. Contexts can be
+        read at once from then on, if nobody gave one yet."""
         with suppress(UnavailableError):
             self._warm_up(self.live())
             self.refresh_lists()
+            self.live().context_words.prepare()
 
     def refresh_lists(self) -> None:
         """The same of the trends, which take long to read."""

@@ -49,7 +49,12 @@ class Settings(BaseSettings):
     )
     list_category_field: str = Field(
         "category",
-        description="the STD field that says what kind of thing a product is: a basket's complements are of others",
+        description="the STD field that says what kind of thing a product is: a basket's complements are of others, and of what a "
+        "context names it counts most",
+    )
+    context_words: bool = Field(
+        True,
+        description="products that have what a context names (a category, a colour, ...) come first in lists for shoppers",
     )
     trending_half_life_days: float = Field(
         3.0, ge=0.05, le=365, description="days after which an event counts half in what is trending"
