@@ -25,6 +25,7 @@ CLOSED_LIFT = 10.0
 # For each value of an open field, which only the words of some products tell: among those that have what is closed.
 OPEN_LIFT = 3.0
 CACHE = 1024  # texts
+SCHEMAS = 4  # of the releases that one process answers with
 # Who says what they do not want names it too.
 _NOT = re.compile(r"\b(?:no|not|non|without|except|avoid|but|instead)\b|말고|빼고|제외|아닌|없는|싫")
 
@@ -76,6 +77,11 @@ class ContextWords:
         self._lock = threading.Lock()
         self.named = lru_cache(CACHE)(self._named)  # of a context
 
+    @classmethod
+    def of_schema(cls, schema: FeatureSchema) -> ContextWords:
+        """The same for every release of that schema: the next one does not have to compile the lexicon again."""
+        return _of_schema(schema.model_dump_json())
+
     def prepare(self) -> BoundLexicon:
         """The lexicon compiled for the schema, which takes half a second once."""
         with self._lock:
@@ -91,6 +97,11 @@ class ContextWords:
         values = {name: [one.value for one in some] for name, some in said.items()}
         closed = {name: some for name, some in values.items() if name in schema.std}
         return Named(closed, {name: some for name, some in values.items() if name in schema.re}) if closed else NOTHING
+
+
+@lru_cache(SCHEMAS)
+def _of_schema(schema: str) -> ContextWords:
+    return ContextWords(FeatureSchema.model_validate_json(schema))
 
 
 def _has(ids: np.ndarray, named: Sequence[int]) -> np.ndarray:

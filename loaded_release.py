@@ -55,7 +55,7 @@ class LoadedRelease:
         self.allowed_values = {
             field_name: {normalise(value): value for value in values} for field_name, values in schema.std.items()
         }
-        self.context_words = ContextWords(schema)
+        self.context_words = ContextWords.of_schema(schema)
 
     @property
     def is_current(self) -> bool:

@@ -148,8 +148,9 @@ class Service:
     async def keep_current(self) -> None:
         """What was missing at the start may come, and what is popular changes; nobody has to ask for it."""
         loop = asyncio.get_running_loop()
+        seconds = RETRY_SECONDS  # soon after the start: contexts are then read before most of them come, and no start waits for it
         while True:
-            await asyncio.sleep(RETRY_SECONDS if self.recommender is None else FALLBACK_SECONDS)
+            await asyncio.sleep(seconds)
             try:
                 if self.recommender is None:
                     self.problem = await loop.run_in_executor(self.checks, self.check)
@@ -157,6 +158,7 @@ class Service:
                     await loop.run_in_executor(self.pool, self.recommender.refresh)
             except Exception:  # nobody awaits this task: once ended, it would be missed by nobody either
                 log.exception("what is kept in memory is as it was; tried again soon")
+            seconds = RETRY_SECONDS if self.recommender is None else FALLBACK_SECONDS
 
     def count_contexts(self, recommender: pipeline.Recommender) -> None:
         """Add what was asked since the last time. Call it in the event loop: two at once would add it twice."""

@@ -75,6 +75,17 @@ def test_the_lift_counts_what_a_product_has_and_the_category_more_than_the_rest(
     assert not unknown.lift(np.full((5, 2), 1), np.full((5, 1), 1), std, re, "category").any()
 
 
+def test_a_schema_is_compiled_once_for_all_its_releases_and_before_anybody_asks(asked, monkeypatch):
+    store, recommender = asked
+    schema, loaded = store.schema(), recommender.live()
+    assert loaded.context_words is ContextWords.of_schema(FeatureSchema(std=schema.std, re=schema.re))
+    assert loaded.context_words is not ContextWords.of_schema(SCHEMA)
+    monkeypatch.setattr(loaded, "context_words", ContextWords(schema))
+    recommender.refresh()
+    monkeypatch.setattr(Lexicon, "load", lambda path: pytest.fail("compiled by a request"))
+    assert loaded.context_words.named(schema.std["category"][0])
+
+
 # --- lists
 @pytest.fixture(scope="module")
 def asked(shop: Settings) -> Iterator[tuple[Store, Recommender]]:
