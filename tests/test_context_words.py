@@ -135,7 +135,7 @@ def test_a_context_that_names_nothing_and_a_shop_that_does_not_want_it_are_answe
         assert (ids(without.recommend(request)) == ids(recommender.recommend(request))) == same
 
 
-def test_a_filter_on_the_field_says_more_than_the_context(asked):
+def test_a_filter_on_the_field_says_more_than_the_context(asked, shop):
     store, recommender = asked
     named = common(store, "category")["category"]
     other = next(value for value in sorted(store.schema().std["category"]) if value != named)
@@ -143,6 +143,9 @@ def test_a_filter_on_the_field_says_more_than_the_context(asked):
     answer = recommender.recommend(request)
     assert answer.items
     assert all(having(store, answer, category=other))
+    either = replace(request, filters=Filters(std={"category": [named, other]}))
+    without = Recommender(store, shop.model_copy(update={"context_words": False}), recommender.text_encoder)
+    assert ids(recommender.recommend(either)) == ids(without.recommend(either))
 
 
 def test_because_of_a_product_what_is_named_comes_first_too(asked):
@@ -154,6 +157,8 @@ def test_because_of_a_product_what_is_named_comes_first_too(asked):
     plain, told = recommender.recommend(request), recommender.recommend(replace(request, context=named))
     assert all(having(store, told, category=named))
     assert not all(having(store, plain, category=named))
+    weights = {reason.kind: reason.weight for item in told.items for reason in item.reasons}
+    assert weights["because"] < CLOSED_LIFT < weights["context"]  # each is told what it did, and no more
     likeness = recommender.recommend(replace(request, kind="similar", context=named))
     assert ids(likeness) == ids(recommender.recommend(replace(request, kind="similar")))
 
