@@ -62,6 +62,7 @@ SOURCES = {  # modules, each with a `read`
 }
 SESSION = timedelta(hours=1)  # of the sample shop: what a shopper does within it belongs together
 TOGETHER = timedelta(days=1)  # what a shopper takes within it goes with what was taken first
+BESIDE_SHOPPERS = 4000  # at most, drawn at random: a week of H&M has three times as many, and every line takes its time
 
 Line = tuple[str, str]  # a model and stage
 Lists = dict[Line, list[list[str]]]  # ranked product ids of each shopper
@@ -152,7 +153,8 @@ CASES: dict[str, Callable[[pl.DataFrame, set[str], dict[str, set[str]]], list[Ca
 def beside_cases(taken: pl.DataFrame, group_of: Mapping[str, str | None], seen: dict[str, set[str]]) -> list[Case]:
     """What goes with a product: the first one of the catalogue that a shopper took after the cut, stranger or not, and what else
     they took within a day. What they had met before is no target, nor are the product's own colours and sizes, which no list has
-    to guess. Of products taken in one instant the lowest id is first. `group_of` has every product of the catalogue.
+    to guess. Of products taken in one instant the lowest id is first. Of more than BESIDE_SHOPPERS so many are drawn.
+    `group_of` has every product of the catalogue.
     """
     first: dict[str, Case] = {}
     until: dict[str, datetime] = {}
@@ -169,7 +171,9 @@ def beside_cases(taken: pl.DataFrame, group_of: Mapping[str, str | None], seen: 
         is_new = product_id not in seen.get(user_id, set()) and product_id not in case.targets
         if at < until[user_id] and is_new and not is_variant:
             case.targets.append(product_id)
-    return sorted((case for case in first.values() if case.targets), key=lambda case: case.user_id)
+    cases = sorted((case for case in first.values() if case.targets), key=lambda case: case.user_id)
+    drawn = np.random.default_rng(0).permutation(len(cases))[:BESIDE_SHOPPERS]
+    return [cases[number] for number in np.sort(drawn)]
 
 
 def after_cut(split: str, folder: Path | None) -> pl.DataFrame:

@@ -143,6 +143,17 @@ def test_what_the_catalogue_does_not_hold_is_missed_in_a_list_but_not_asked_abou
     assert beside([("u", "gone", 0), ("u", "c", 1), ("u", "new", 2)]) == [("u", 1, "c", ["new"])]
 
 
+def test_of_very_many_shoppers_some_are_drawn_the_same_each_time(monkeypatch):
+    log = [(f"u{number:02}", product, 0.0) for number in range(30) for product in "ac"]
+    every = beside(log)
+    monkeypatch.setattr(evaluate, "BESIDE_SHOPPERS", 7)
+    drawn = beside(log)
+    assert len(drawn) == 7 < len(every) == 30
+    assert drawn == sorted(drawn) == beside(log)
+    assert set(map(str, drawn)) < set(map(str, every))
+    assert drawn != every[:7]
+
+
 def test_of_products_taken_in_one_instant_the_lowest_id_is_asked_about():
     assert beside([("u", "d", 0), ("u", "a", 0), ("u", "c", 0)]) == [("u", 0, "a", ["c", "d"])]
 
