@@ -26,6 +26,8 @@ CLOSED_LIFT = 10.0
 OPEN_LIFT = 3.0
 CACHE = 1024  # texts
 SCHEMAS = 4  # of the releases that one process answers with
+# A text names one value of a closed field, as a product has; on either side of these words it may be another.
+_OR = re.compile(r"\b(?:or|and)\b|[,/&+]|또는|혹은|아니면|(?<=[가-힣])이?나(?=\s)|(?<=[가-힣])(?:하고|이?랑)(?=\s)")
 # Who says what they do not want names it too.
 _NOT = re.compile(r"\b(?:no|not|non|without|except|avoid|but|instead)\b|말고|빼고|제외|아닌|없는|싫")
 
@@ -92,11 +94,13 @@ class ContextWords:
     def _named(self, text: str) -> Named:
         if not text.strip() or _NOT.search(fold(text)):
             return NOTHING
-        schema = self._schema
-        said = self.prepare().read(text, "", [*schema.std, *schema.re])
-        values = {name: [one.value for one in some] for name, some in said.items()}
-        closed = {name: some for name, some in values.items() if name in schema.std}
-        return Named(closed, {name: some for name, some in values.items() if name in schema.re}) if closed else NOTHING
+        closed: dict[str, list[str]] = {}
+        words: dict[str, list[str]] = {}
+        for part in _OR.split(fold(text)):
+            for name, said in self.prepare().read(part, "", [*self._schema.std, *self._schema.re]).items():
+                values = (closed if name in self._schema.std else words).setdefault(name, [])
+                values += [one.value for one in said if one.value not in values]
+        return Named(closed, words) if closed else NOTHING
 
 
 @lru_cache(SCHEMAS)

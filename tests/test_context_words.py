@@ -36,6 +36,9 @@ WORDS = ContextWords(SCHEMA)
         ("흰색 운동화", {"category": ["sneakers"], "colour": ["white"]}, {}),
         ("남자 청바지를 찾아요", {"category": ["jeans"], "gender": ["men"]}, {"material": ["denim"]}),
         ("Something in GREY?", {"colour": ["grey"]}, {}),
+        ("a dress in white or black, or a coat", {"category": ["dress", "coat"], "colour": ["white", "black"]}, {}),
+        ("원피스나 코트", {"category": ["dress", "coat"]}, {}),
+        ("a black coat dress", {"category": ["dress"], "colour": ["black"]}, {}),  # which is a dress, as of a product
     ],
 )
 def test_values_are_named_in_korean_and_english_and_spelt_as_the_schema_does(context, std, re):
