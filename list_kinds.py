@@ -263,8 +263,12 @@ class ListKinds:
             pull[: loaded.item_width] = loaded.scale * plan.anchor_vector
 
         def candidates() -> Found:
-            found = usual.candidates(query + pull, request, state)
-            return self._named_first(loaded, plan, query + pull, usual, limits, count, found) if plan.named else found
+            if not plan.named:
+                return usual.candidates(query + pull, request, state)
+            first = self._named_first(loaded, plan, query + pull, usual, limits, count)
+            if len(first.product_ids) >= count:
+                return first
+            return _with(first, usual.candidates(query + pull, request, state), count)
 
         def finished(found: Found) -> Sought:
             bonus = named = None
@@ -290,9 +294,9 @@ class ListKinds:
         )
 
     def _named_first(
-        self, loaded: LoadedRelease, plan: Plan, query: np.ndarray, usual: Usual, limits: Limits, count: int, found: Found,
-    ) -> Found:  # fmt: skip
-        """`count` candidates: what has all that the context names, then what has some of it, then what was `found`."""
+        self, loaded: LoadedRelease, plan: Plan, query: np.ndarray, usual: Usual, limits: Limits, count: int
+    ) -> Found:
+        """Up to `count` candidates: what has all that the context names, and if that is not enough what has some of it."""
         request, conditions = plan.request, plan.named.conditions(self.settings.list_category_field)
         each = [[one] for one in conditions] if len(conditions) > 1 else []
         history = linked(plan.linked_from, loaded.link_weights)
@@ -304,7 +308,7 @@ class ListKinds:
             if len(first.product_ids) >= count:
                 break
         assert first is not None
-        return _with(first, found, count)
+        return first
 
     def _likeness(
         self, loaded: LoadedRelease, query: np.ndarray, plan: Plan, usual: Usual, limits: Limits, count: int
