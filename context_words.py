@@ -92,11 +92,12 @@ class ContextWords:
         return self._bound
 
     def _named(self, text: str) -> Named:
-        if not text.strip() or _NOT.search(fold(text)):
+        told = fold(text)
+        if not told.strip() or _NOT.search(told):
             return NOTHING
         closed: dict[str, list[str]] = {}
         words: dict[str, list[str]] = {}
-        for part in _OR.split(fold(text)):
+        for part in _OR.split(told):
             for name, said in self.prepare().read(part, "", [*self._schema.std, *self._schema.re]).items():
                 values = (closed if name in self._schema.std else words).setdefault(name, [])
                 values += [one.value for one in said if one.value not in values]

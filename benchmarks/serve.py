@@ -133,9 +133,8 @@ def serving(app: str, environment: dict[str, str], *arguments: str) -> Iterator[
     process = subprocess.Popen(command, env={**os.environ, **environment})
     address = f"http://127.0.0.1:{port}"
     try:
-        with httpx.Client(
-            base_url=address, timeout=30
-        ) as client:  # to make one takes as long as a good part of a start
+        # One client for all looks: to make one takes a processor as long as a good part of a start.
+        with httpx.Client(base_url=address, timeout=30) as client:
             while not _ready(client):
                 assert process.poll() is None, "the server ended"
                 time.sleep(0.01)
