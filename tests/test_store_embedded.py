@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+import yaml
 
 from catalog import RawProduct
 from settings import Settings, UserError
@@ -235,3 +237,20 @@ def test_root_may_work_where_the_user_of_the_server_may_not_enter(data_dir, monk
 def test_the_server_does_not_run_as_root(data_dir):
     with Store.open(settings(data_dir)) as store:
         assert Path(f"/proc/{store._server.pid}").stat().st_uid != 0
+
+
+def test_the_server_keeps_the_memory_that_every_search_takes(data_dir):
+    with Store.open(settings(data_dir)) as store, store.pool.connection() as connection:
+        connection.execute("CREATE TEMP TABLE told (line text)")
+        connection.execute("COPY told FROM PROGRAM 'env'")
+        lines = {line for (line,) in connection.execute("SELECT line FROM told")}
+    assert {f"{name}={value}" for name, value in embedded.KEPT_MEMORY.items()} <= lines
+
+
+def test_in_containers_the_server_is_tuned_as_here():
+    """A shop's own machine must not be slower than the one that was measured."""
+    database = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["db"]
+    program, *options = shlex.split(database["command"])
+    assert program == "postgres"
+    assert dict(option.split("=") for option in options if option != "-c") == embedded.TUNING
+    assert embedded.KEPT_MEMORY.items() <= database["environment"].items()
