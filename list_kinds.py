@@ -2,8 +2,8 @@
 
 - `for_you`: retrieval and reranking for the shopper (recommender.py).
 - `similar`: the nearest to one product by the item tower alone, the same for everybody.
-- `because`: near one product and to the shopper's taste. The product stands in the query as a second wish, at the scale that the
-  user tower learned for likeness, and its part of the score is added to the logit.
+- `because`: near one product and to the shopper's taste. The product stands in the query as a second wish, at half the scale that
+  the user tower learned for likeness, and its part of the score is added to the logit.
 - `basket`: what goes with a cart, nothing of a category that is in it. What is taken together with the cart is considered first;
   then what the shopper wants with the cart as their latest history. The links' part of the score is added to the logit.
 - `trending`: what shoppers want now; each act counts half after a half-life.
@@ -43,6 +43,11 @@ KINDS: tuple[ListKind, ...] = get_args(ListKind)
 # What a cart is linked to comes before everything else that is considered. More than scores ever differ, and not so much that
 # single precision loses their order.
 CART_LIFT = 1000.0
+
+# Of a list that is about a product, that product's share of the scale: its items are then about halfway, by cosine, between those
+# that are most like it and what the shopper would be shown anyway. With more the list is more alike and less wanted
+# (docs/protocol.md).
+ABOUT_SHARE = 0.5
 
 TRENDING_EVENTS = 200_000  # the latest, that trends are read from
 # For so long they are not read again. A service reads them every minute behind the requests (`refresh`), which then never wait.
@@ -260,7 +265,7 @@ class ListKinds:
             return self._ranking(loaded, query, plan, ranking, usual, limits, count)
         request, state, pull = plan.request, plan.state, np.zeros_like(query)
         if plan.anchor_vector is not None:
-            pull[: loaded.item_width] = loaded.scale * plan.anchor_vector
+            pull[: loaded.item_width] = ABOUT_SHARE * loaded.scale * plan.anchor_vector
 
         def candidates() -> Found:
             if not plan.named:
