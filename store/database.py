@@ -217,5 +217,6 @@ def _connect(url: str) -> Connection[Any]:
 def _configure(connection: Connection[Any], statement_seconds: float | None) -> None:
     register_vector(connection)
     connection.execute("SET TIME ZONE 'UTC'")
+    connection.execute("SET jit = off")  # compiling costs more than these queries take
     if statement_seconds is not None:
         connection.execute("SELECT set_config('statement_timeout', %s, false)", (f"{int(statement_seconds * 1000)}ms",))

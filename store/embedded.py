@@ -50,7 +50,6 @@ TUNING = {
     "maintenance_work_mem": "256MB",
     "effective_cache_size": "2GB",
     "random_page_cost": "1.1",  # SSD
-    "jit": "off",  # compiling costs more than these queries take
     "max_wal_size": "2GB",
 }
 # Of its environment, likewise: how much memory that a query has let go of stays with the process for the next one. By itself the

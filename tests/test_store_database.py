@@ -105,6 +105,11 @@ def test_the_pool_reads_and_writes_vectors_and_says_times_in_utc(store):
     assert zone == "UTC"
 
 
+def test_no_query_is_compiled_whatever_the_server_does_by_itself(store):
+    with psycopg.connect(store.url) as theirs, store.pool.connection() as ours:
+        assert [connection.execute("SHOW jit").fetchone()[0] for connection in (theirs, ours)] == ["on", "off"]
+
+
 def test_a_statement_may_be_bounded_in_time(settings):
     """Half of that is the time to wait for a connection, which a busy machine may need some of."""
     with (
