@@ -25,6 +25,8 @@ COPY *.py lexicon.json ./
 COPY api_controller api_controller
 COPY datasets datasets
 COPY store store
+# The service's user may not write here, and would compile all of it at each start.
+RUN python -m compileall -q .
 USER styletower
 
 EXPOSE 8000
