@@ -62,6 +62,7 @@ SOURCES = {  # modules, each with a `read`
 }
 SESSION = timedelta(hours=1)  # of the sample shop: what a shopper does within it belongs together
 TOGETHER = timedelta(days=1)  # what a shopper takes within it goes with what was taken first
+SAME_BESIDE = ("rtr-cold",)  # asks after the days of rtr-warm, where it is judged already what went with a product then
 BESIDE_SHOPPERS = 4000  # at most, drawn at random: a week of H&M has three times as many, and every line takes its time
 
 Line = tuple[str, str]  # a model and stage
@@ -208,7 +209,8 @@ def main(options: EvaluateOptions) -> None:
         taken = after_cut(options.what, options.folder)
         cases = CASES[options.what](taken, known, seen)
         groups = split.groups or [None] * len(split.product_ids)
-        beside = beside_cases(taken, dict(zip(split.product_ids, groups, strict=True)), seen)
+        group_of = dict(zip(split.product_ids, groups, strict=True))
+        beside = [] if options.what in SAME_BESIDE else beside_cases(taken, group_of, seen)
         if not cases:
             raise UserError(
                 f"no shopper of {options.folder} can be judged on {options.what}; is this the data set's folder?"

@@ -203,6 +203,14 @@ def judge(store, settings, hm_folder, monkeypatch, capsys, exit_code):
     return run
 
 
+def test_what_another_split_judges_beside_a_product_is_not_judged_twice(judge, hm_folder, monkeypatch):
+    monkeypatch.setattr(evaluate, "SAME_BESIDE", ("hm-week",))
+    assert judge("hm-week", ".")[0] == 0
+    rows = json.loads((hm_folder / "docs/results.json").read_text())
+    assert {row["stage"] for row in rows} == {"retrieval", "reranked"}
+    assert {request.kind for request in ScriptedRecommender.asked} == {"for_you"}
+
+
 def test_the_script_judges_both_stages_and_the_plain_lines(judge, hm_folder):
     assert judge("hm-week", ".")[0] == 0
     asked = [
