@@ -133,7 +133,7 @@ def _save(options: AblateOptions, home: Path, splits: list[str], name: str, seed
         own = read_ratios(_judged(home, split, name, seed))
         pairs = [[read_ratios(_judged(home, split, model, both)) for model in (name, FULL)] for both in seeds]
         for key in ablation_figures(split):
-            if key not in own:  # nobody took such an item
+            if key not in own:  # nobody took such an item, or another split judges it
                 continue
             stage, metric, part = key
             (figure,) = figures({(metric, part): own[key]})

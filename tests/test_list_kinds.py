@@ -238,11 +238,14 @@ def test_the_product_page_obeys_the_live_rules(asked):
 
 
 # -------------------------------------------------------------------------------------------------------------- because
-def test_because_is_nearer_to_its_product_than_the_shoppers_own_list_and_more_to_their_taste_than_similar(asked):
+def test_because_is_nearer_to_its_product_than_the_shoppers_own_list_and_more_to_their_taste_than_similar(
+    asked, monkeypatch
+):
+    """And so it is the more, the more of the scale its product has: half of it is less near than all, and more wanted."""
     store, recommender = asked
     loaded = recommender.live()
     log = store.events.read()
-    nearer, wanted = [], []
+    nearer, wanted, nearer_by_all, wanted_by_half = [], [], [], []
     for user in log.user_ids[:12]:
         product_id = log.product_ids[len(nearer) * 7]
         lists = {
@@ -251,6 +254,9 @@ def test_because_is_nearer_to_its_product_than_the_shoppers_own_list_and_more_to
             )
             for kind in ("for_you", "similar", "because")
         }
+        with monkeypatch.context() as patch:
+            patch.setattr(list_kinds, "ABOUT_SHARE", 1.0)
+            by_all = recommender.recommend(Request(user, kind="because", k=10, now=NOW, product_id=product_id))
         assert lists["because"].anchor.product_id == product_id
         assert product_id not in ids(lists["because"])
         anchor = store.vectors.fetch(loaded.name, [product_id]).vectors[0, : loaded.item_width]
@@ -266,8 +272,12 @@ def test_because_is_nearer_to_its_product_than_the_shoppers_own_list_and_more_to
 
         nearer.append(likeness(lists["because"]) - likeness(lists["for_you"]))
         wanted.append(wish(lists["because"]) - wish(lists["similar"]))
+        nearer_by_all.append(likeness(by_all) - likeness(lists["because"]))
+        wanted_by_half.append(wish(lists["because"]) - wish(by_all))
     assert np.mean(nearer) > 0.05
     assert np.mean(wanted) > 0.1
+    assert np.mean(nearer_by_all) > 0.01
+    assert np.mean(wanted_by_half) > 0.01
 
 
 def test_because_of_the_latest_look_names_it(asked):
