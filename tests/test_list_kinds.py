@@ -241,43 +241,36 @@ def test_the_product_page_obeys_the_live_rules(asked):
 def test_because_is_nearer_to_its_product_than_the_shoppers_own_list_and_more_to_their_taste_than_similar(
     asked, monkeypatch
 ):
-    """And so it is the more, the more of the scale its product has: half of it is less near than all, and more wanted."""
+    """And so it is the more, the more of the scale its product has: half of it is less near than all, and more wanted.
+
+    Nearness is told as the share of the way from the shopper's own list to `similar`: how far these two are apart is the
+    release's own, and each training makes another."""
     store, recommender = asked
     loaded = recommender.live()
     log = store.events.read()
-    nearer, wanted, nearer_by_all, wanted_by_half = [], [], [], []
-    for user in log.user_ids[:12]:
-        product_id = log.product_ids[len(nearer) * 7]
-        lists = {
-            kind: recommender.recommend(
-                Request(user, kind=kind, k=10, now=NOW, product_id=None if kind == "for_you" else product_id)
-            )
-            for kind in ("for_you", "similar", "because")
-        }
+    # Of each shopper: of their own list, `similar`, `because`, and `because` with all of the scale.
+    likeness, wish = [], []
+    for user, product_id in zip(log.user_ids[:30], log.product_ids[-30:], strict=True):
+
+        def answer(kind, user=user, product_id=product_id, k=10):
+            named = None if kind == "for_you" else product_id
+            return recommender.recommend(Request(user, kind=kind, k=k, now=NOW, product_id=named))
+
+        lists = [answer("for_you"), answer("similar"), answer("because")]
         with monkeypatch.context() as patch:
             patch.setattr(list_kinds, "ABOUT_SHARE", 1.0)
-            by_all = recommender.recommend(Request(user, kind="because", k=10, now=NOW, product_id=product_id))
-        assert lists["because"].anchor.product_id == product_id
-        assert product_id not in ids(lists["because"])
+            lists.append(answer("because"))
+        assert lists[2].anchor.product_id == product_id
+        assert product_id not in ids(lists[2])
         anchor = store.vectors.fetch(loaded.name, [product_id]).vectors[0, : loaded.item_width]
-
-        def likeness(answer, anchor=anchor):
-            rows = store.vectors.fetch(loaded.name, ids(answer)).vectors[:, : loaded.item_width]
-            return float((rows @ anchor).mean())
-
-        own = scores(recommender.recommend(Request(user, k=100, now=NOW)))
-
-        def wish(answer, own=own):
-            return float(np.mean([own.get(product_id, min(own.values())) for product_id in ids(answer)]))
-
-        nearer.append(likeness(lists["because"]) - likeness(lists["for_you"]))
-        wanted.append(wish(lists["because"]) - wish(lists["similar"]))
-        nearer_by_all.append(likeness(by_all) - likeness(lists["because"]))
-        wanted_by_half.append(wish(lists["because"]) - wish(by_all))
-    assert np.mean(nearer) > 0.05
-    assert np.mean(wanted) > 0.1
-    assert np.mean(nearer_by_all) > 0.01
-    assert np.mean(wanted_by_half) > 0.01
+        own = scores(answer("for_you", k=100))
+        rows = [store.vectors.fetch(loaded.name, ids(made)).vectors[:, : loaded.item_width] for made in lists]
+        likeness.append([float((vectors @ anchor).mean()) for vectors in rows])
+        wish.append([np.mean([own.get(id_, min(own.values())) for id_ in ids(made)]) for made in lists])
+    for_you, similar, because, by_all = np.mean(likeness, axis=0)
+    assert 0.15 < (because - for_you) / (similar - for_you) < (by_all - for_you) / (similar - for_you) - 0.05
+    _, of_similar, of_because, of_all = np.mean(wish, axis=0)
+    assert of_similar + 0.1 < of_all < of_because - 0.05
 
 
 def test_because_of_the_latest_look_names_it(asked):
