@@ -280,13 +280,15 @@ class Vectors:
     def create(self, release: str, dimensions: int) -> None:
         """An empty table; whatever an earlier build of this release left is dropped."""
         self.drop(release)
+        # MAIN: of a row over 2 kB the links are stored elsewhere, which are read of a history alone, and not the vector, which is
+        # read of all that a search meets.
         with self._pool.connection() as connection:
             connection.execute(
                 sql.SQL(
-                    'CREATE TABLE {} (product_id text COLLATE "C", vector vector({}) NOT NULL,'
-                    " placed halfvec({}) NOT NULL, part int2 NOT NULL, std_ids int4[] NOT NULL, re_ids int4[] NOT NULL,"
-                    " linked text[] NOT NULL, link_strength float4[] NOT NULL, features_at timestamptz,"
-                    " PRIMARY KEY (product_id) INCLUDE (features_at))"
+                    'CREATE TABLE {} (product_id text COLLATE "C", vector vector({}) STORAGE MAIN NOT NULL,'
+                    " placed halfvec({}) STORAGE MAIN NOT NULL, part int2 NOT NULL, std_ids int4[] NOT NULL,"
+                    " re_ids int4[] NOT NULL, linked text[] NOT NULL, link_strength float4[] NOT NULL,"
+                    " features_at timestamptz, PRIMARY KEY (product_id) INCLUDE (features_at))"
                 ).format(table_of(release), sql.Literal(dimensions), sql.Literal(dimensions + 1))
             )
 

@@ -162,6 +162,24 @@ def test_rows_may_have_no_ids_at_all(shop):
     assert shop.vectors.search("bare", QUERIES[0], LIMIT).std_ids.shape == (LIMIT, 0)
 
 
+@pytest.mark.parametrize("dimensions", [232, 600])
+def test_vectors_stay_in_their_rows_however_long_the_links_are(shop, dimensions):
+    """Read from elsewhere, each would cost a search twice as much."""
+    vectors = np.tile(VECTORS, math.ceil(dimensions / D))[:, :dimensions]
+    ids = np.zeros((N, 3), dtype=np.int32)
+    for digits in (4, 13, 36):
+        linked = [[f"{50 * number + place:0{digits}}" for place in range(50)] for number in range(N)]
+        shop.vectors.create("wide", dimensions)
+        shop.vectors.copy("wide", ItemRows(IDS, vectors, ids, ids, linked=linked, link_strength=[[0.5] * 50] * N))
+        with shop.pool.connection() as connection:
+            stored = connection.execute(
+                "SELECT count(*), count(pg_column_toast_chunk_id(vector)), count(pg_column_toast_chunk_id(placed))"
+                " FROM item_vectors_wide"
+            ).fetchone()
+        assert stored == (N, 0, 0)
+        np.testing.assert_array_equal(shop.vectors.fetch("wide", IDS[:3]).vectors, vectors[:3])
+
+
 def test_upserted_rows_replace_and_are_found_at_once(indexed):
     changed = ItemRows([IDS[7]], 9 * QUERIES[:1], np.array([[1, 2]]), np.array([[3, 4, 5]]))
     indexed.vectors.upsert(RELEASE, changed)
