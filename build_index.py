@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from compare_releases import compare
 from item_links import ItemLinks
+from model_user import UserTower
 from recommender import Recommender
 from release import SEARCH_SPACE, ItemEncoder, Release
 from search_space import SearchSpace
@@ -32,6 +33,7 @@ from settings import Settings, UserError, run_script
 from shop_data import ShopData, validation_start
 from store import ItemRows, Store
 from store.vectors import OUTSTANDING, UNTOUCHED, USUAL, BuildCost
+from tensors import KIND_IDS, UserBatch
 from text_encoder import TextEncoder
 from train_user import item_keys, retrieve
 
@@ -88,12 +90,33 @@ def index_rows(shop: ShopData, release: Release) -> np.ndarray:
 
 
 def queries_of_shoppers(shop: ShopData, release: Release, links: ItemLinks, count: int) -> np.ndarray:
-    """Real queries to check the index with: the newest requests, [<= count, row_width]."""
+    """Real queries to check the index with: the newest requests, [<= count, row_width]; where there are none, those of shoppers who
+    looked at one product each."""
     tower = release.aligned_user_tower(shop.items.product_ids)
     requests = shop.requests(validation_start(shop.histories.at, 0.1), shop.now, shop.now)
+    if not len(requests):
+        return _queries_after_a_look(shop, release, tower, count)
     chosen = np.random.default_rng(0).permutation(len(requests))[:count]
     profiles = release.profile_scaler().transform(shop.profiles)
     return retrieve(tower, shop, links, requests.take(chosen), profiles, tower.config.history, 1).queries
+
+
+@torch.no_grad()
+def _queries_after_a_look(shop: ShopData, release: Release, tower: UserTower, count: int) -> np.ndarray:
+    looked_at = np.random.default_rng(0).permutation(len(shop.items))[:count, None]
+    items = torch.from_numpy(looked_at)
+    profile = torch.from_numpy(release.profile_scaler().transform([{}]))
+    return tower(
+        UserBatch(
+            history=shop.adapted(tower, looked_at),
+            collaborative=tower.collaborative_of(items, shop.popularity_as_of(shop.now)[items]),
+            kind=torch.full(looked_at.shape, KIND_IDS["view"]),
+            age=torch.zeros(looked_at.shape),
+            history_mask=torch.ones(looked_at.shape, dtype=torch.bool),
+            context=torch.zeros(len(looked_at), tower.config.text_width),
+            profile=profile.expand(len(looked_at), -1),
+        )
+    ).numpy()
 
 
 def copy_rows(
@@ -251,7 +274,15 @@ def check_not_worse(
         return
     release.check_files()  # or it would pass for a live one that cannot be compared
     try:
-        comparison = compare(store, shop, release, Release.open(options.models_dir, name), text_encoder)
+        live = Release.open(options.models_dir, name)
+        if live.learned_from_events and not release.learned_from_events:
+            raise WorseError(
+                f"release {release.name} learned nothing from events, as the live {name} did; it stays as it is, indexed but not "
+                "live; are all events still there?"
+            )
+        comparison = compare(store, shop, release, live, text_encoder)
+    except WorseError:
+        raise
     except UserError as error:
         print(f"release {release.name} is not compared with the live {name}, and may take its place: {error}")
         return

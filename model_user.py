@@ -32,6 +32,9 @@ from vocab import PAD
 # met but a few hundred times an epoch.
 LINK_START = (2.0, 2.0)  # log strength of what is taken together, variant
 LINK_PACE = 20.0
+# Of a tower that learned nothing, in logits: what e times the events are worth, in all windows of popularity together, and what a
+# product loses from its first day to its e^6th.
+UNTAUGHT_WANTED, UNTAUGHT_AGE = 8.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,21 @@ class UserTower(nn.Module):
         # Logits of unit vectors need a scale to be sharp enough: 1 / 0.1 at the start, learned from there.
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
         self.link_growth = nn.Parameter(torch.zeros(len(LINK_START)))
+
+    @classmethod
+    @torch.no_grad()
+    def untaught(cls, config: UserTowerConfig) -> UserTower:
+        """What serves while a log teaches nothing yet: shoppers are offered what is like the products they met, and linked to them,
+        all of these counting the same; beyond that what many want, and what came last. Context and body say nothing."""
+        tower = cls(replace(config, collaborative=0, adapter=False))
+        for parameter in tower.parameters():
+            parameter.zero_()
+        tower.history_gain.fill_(1.0)
+        tower.log_scale.fill_(math.log(10.0))
+        windows = config.popularity_width - 2
+        tower.to_popularity.bias[:windows] = UNTAUGHT_WANTED / max(1, windows)
+        tower.to_popularity.bias[windows] = -UNTAUGHT_AGE
+        return tower
 
     def forward(self, batch: UserBatch) -> Tensor:
         past, rest = self._past(batch), self._rest(batch)

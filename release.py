@@ -248,6 +248,11 @@ class Release:
         self.load_weights(file, tower)
         return tower
 
+    @property
+    def learned_from_events(self) -> bool:
+        """Whether its user tower learned anything: that of a shop whose log was empty, or too short, did not."""
+        return "report" in self._part("user_tower")
+
     def search_space(self) -> SearchSpace:
         space = SearchSpace(int(self._part("index")["dimensions"]))
         if SEARCH_SPACE not in self.manifest.get("files", {}):

@@ -6,6 +6,7 @@ body, and what was wanted by then. `ShopData` builds exactly that, for the user 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -67,7 +68,7 @@ class ShopData:
     popularity: Popularity
     profiles: list[dict[str, float]]  # of each user of `histories`
     context_vectors: np.ndarray  # float32 [distinct contexts, text width]
-    newest: float  # epoch seconds of the newest event
+    newest: float  # epoch seconds of the newest event; of the clock where there is none yet
 
     @classmethod
     def load(
@@ -76,16 +77,13 @@ class ShopData:
     ) -> ShopData:  # fmt: skip
         """Read everything; `windows` of popularity as in `Popularity`, `kind_weights` as in `Histories.build`.
 
-        Raises UserError when there is nothing to learn from.
+        Raises UserError when there is no product.
         """
         products = store.products.read_features()
         if not products:
             raise UserError("no product has features yet; run import_data.py and extract_features.py first")
         items = encoder.features(products)
-        log = store.events.read()
-        if len(log.at) == 0:
-            raise UserError("there are no events yet; import some with import_data.py")
-        histories = Histories.build(log, items.product_ids, kind_weights)
+        histories = Histories.build(store.events.read(), items.product_ids, kind_weights)
         commerce = store.products.read_commerce()
         row_of = {product_id: row for row, product_id in enumerate(commerce.product_ids)}
         rows = np.array([row_of[product_id] for product_id in items.product_ids])
@@ -99,7 +97,7 @@ class ShopData:
             Popularity.fit(histories.item, histories.at, commerce.arrived_at[rows], windows, histories.worth),
             [profiles.get(user_id, {}) for user_id in histories.user_ids],
             encoder.text_encoder.cached_pooled(histories.contexts),
-            float(histories.at.max(initial=0.0)),
+            float(histories.at.max()) if len(histories.at) else time.time(),
         )
 
     @classmethod

@@ -295,8 +295,10 @@ def replay(
 ) -> tuple[ListFeatures | None, PriceScale]:
     """Retrieve candidates for the requests of the held-out days, as of `moments` moments in them, in the end with a user tower that
     learned all until then: for lists that were shown, and for what shoppers took in a stretch in which they were shown none. None
-    where fewer than LEAST_LISTS hold what was taken."""
-    part = release.manifest["user_tower"]
+    where fewer than LEAST_LISTS hold what was taken, or the user tower learned nothing, and so held nothing out."""
+    part, prices = release.manifest["user_tower"], PriceScale.fit(shop.price)
+    if not release.learned_from_events:
+        return None, prices
     start, end = part["validation_start"], shop.now
     tower = release.aligned_user_tower(shop.items.product_ids, USER_TOWER_HOLDOUT)
     profiles = release.profile_scaler().transform(shop.profiles)
@@ -346,7 +348,6 @@ def replay(
             with torch.no_grad():
                 popularity = shop.popularity_as_of(moment)
                 keys[moment] = item_keys(tower, shop, popularity).numpy()
-    prices = PriceScale.fit(shop.price)
     if sum(map(len, found)) < LEAST_LISTS:
         return None, prices
     features = ListFeatures(shop, Lists.joined(found), profiles, prices, release)

@@ -37,7 +37,7 @@ from shop_data import HoldOutOptions, Requests, ShopData, validation_start
 from store import Store
 from tensors import DAY, HistoryIndex, UserBatch
 from text_encoder import TextEncoder
-from training import finish, fit
+from training import FitReport, finish, fit
 
 STAGE = "user"
 RETRIEVED = 100
@@ -47,6 +47,7 @@ SCORE_BATCH = 256  # requests scored against the whole catalogue at once, at mos
 MOST_SCORES = 32_000_000  # of those requests: several tables of so many numbers live at a time
 MINING_REQUESTS = 1024  # that hard negatives are mined from, each epoch
 MINED = 50  # top items of each
+LEAST_TARGETS = 2  # events from which something can be learned
 GOING_ON = 0.3  # of the learning rate, for a tower that is trained and goes on learning
 # What is tried of the history's share of a query, and times the learned weights of links; of equally good ones the first is taken.
 # Links may count for more than they learned to: a tower that goes without them in most examples (`--forget-links`) knows little of
@@ -90,6 +91,11 @@ class UserOptions(HoldOutOptions):
     )
 
 
+def targets_before(shop: ShopData, options: UserOptions, end: float) -> np.ndarray:
+    """Events to learn from before `end`, see `ShopData.targets`."""
+    return shop.targets(end - options.train_days * DAY, end)
+
+
 class SampledSoftmax:
     """Batches and loss of the user tower over events before `end`."""
 
@@ -98,11 +104,11 @@ class SampledSoftmax:
     ) -> None:
         """profiles: of each user, scaled, float32 [U, P]. Raises UserError when there is nothing to learn from."""
         self.shop, self.tower, self.options, self.profiles, self.end = shop, tower, options, profiles, end
-        self.targets = shop.targets(end - options.train_days * DAY, end)
-        if len(self.targets) < 2:
+        self.targets = targets_before(shop, options, end)
+        if len(self.targets) < LEAST_TARGETS:
             raise UserError(
                 f"only {len(self.targets)} events to learn from before {np.datetime64(int(end), 's')} UTC; "
-                "import more events, or lower --validation-share"
+                "import more events, or raise --train-days"
             )
         self.length = shop.histories.lengths(self.targets, options.history, options.baskets)
         self.day = (shop.histories.at[self.targets] // DAY).astype(np.int64)
@@ -407,6 +413,15 @@ def recall(rows: np.ndarray, answers: list[np.ndarray], count: int) -> float:
     return float(hits(rows, answers, count).sum()) / max(1, sum(len(answer) for answer in answers))
 
 
+def lacking_to_learn(shop: ShopData, options: UserOptions, split: float, held_out: Requests) -> str:
+    """What a log lacks to be learned from until `split` and judged by after it; empty when it lacks nothing."""
+    if not len(shop.histories.at):
+        return "there is no event on a product yet"
+    if len(targets_before(shop, options, split)) < LEAST_TARGETS:
+        return f"fewer than {LEAST_TARGETS} events to learn from before {np.datetime64(int(split), 's')} UTC"
+    return "" if len(held_out) else "no shopper meets anything new in the held-out days"
+
+
 def main(options: UserOptions) -> None:
     release = Release.open(options.models_dir, options.release)
     encoder = ItemEncoder(release, TextEncoder.load(options))
@@ -432,10 +447,26 @@ def main(options: UserOptions) -> None:
         context=options.context, profile=options.profile, popularity=options.popularity,
     )  # fmt: skip
 
+    def record(config: UserTowerConfig, validation_start: float, **report: FitReport) -> None:
+        release.save_trained_items(shop.items.product_ids)
+        release.record(
+            "user_tower", config=config, profile_scaler=scaler, popularity_windows=windows, validation_start=validation_start,
+            options=options.model_dump(mode="json", exclude={"database_url"}), **report,
+        )  # fmt: skip
+
     profiles = scaler.transform(shop.profiles)
     held_out = shop.requests(split, shop.now, split)
-    if not len(held_out):
-        raise UserError("no shopper meets anything new in the held-out days; raise --validation-share")
+    if lacking := lacking_to_learn(shop, options, split, held_out):
+        if PartialState().is_main_process:
+            tower = UserTower.untaught(config)
+            for name in (USER_TOWER_HOLDOUT, USER_TOWER):
+                release.save_weights(name, tower)
+            record(tower.config, shop.now)
+            print(
+                f"release {release.name}: {USER_TOWER} learned nothing: {lacking}. Lists hold what is like the products that a "
+                "shopper met, what many want, and what is new; when there are more events, train again (retrain.py)"
+            )
+        return
     chosen = np.random.default_rng(options.seed).permutation(len(held_out))[: options.validation_requests]
     held_out = held_out.take(chosen)
 
@@ -475,16 +506,7 @@ def main(options: UserOptions) -> None:
     if not PartialState().is_main_process:
         return  # one process writes the release
     release.save_weights(USER_TOWER, tower)
-    release.save_trained_items(shop.items.product_ids)
-    release.record(
-        "user_tower",
-        config=trusted,
-        profile_scaler=scaler,
-        popularity_windows=windows,
-        validation_start=split,
-        report=report,
-        options=options.model_dump(mode="json", exclude={"database_url"}),
-    )
+    record(trusted, split, report=report)
     for stage in (STAGE, f"{STAGE}_refit"):
         finish(release.folder, stage)
     print(f"release {release.name}: {USER_TOWER}, {report.metric} {report.best:.4f} after {report.seconds:.0f} s")

@@ -257,6 +257,23 @@ NOBODY = UserBatch(
 )  # fmt: skip
 
 
+def test_a_tower_that_learned_nothing_asks_for_what_is_like_the_history_for_what_many_want_and_for_what_is_new():
+    tower = UserTower.untaught(replace(USER, adapter=True, std_words=3, re_words=3)).eval()
+    batch = shoppers()
+    query, stranger = tower(batch), tower(NOBODY)
+    assert query.shape == (2, tower.config.row_width) == (2, 8)  # without collaborative coordinates
+    assert torch.allclose(query[:, :5], 10.0 * F.normalize(batch.history.mean(dim=1), dim=-1), atol=1e-5)
+    assert torch.equal(query[:, 5:], stranger[:, 5:].expand(2, -1))  # whatever the body and the context are
+    assert torch.equal(stranger[0, :5], torch.zeros(5))
+    wanted, age, untouched = stranger[0, 5:].tolist()
+    assert wanted > 0 > age
+    assert untouched == 0
+    assert tower.link_weights == UserTower(USER).link_weights
+    one = replace(batch, **{name: value[:1] for name, value in vars(batch).items()})
+    assert torch.allclose(FusedUserTower(tower)(one), query[:1], atol=1e-5)
+    assert torch.allclose(FusedUserTower(tower)(NOBODY), stranger, atol=1e-5)
+
+
 def test_the_query_is_as_wide_as_an_index_row():
     tower = user_tower()
     assert tower(shoppers()).shape == (2, USER.row_width) == (2, 10)
