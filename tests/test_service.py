@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
 from api_controller.schemas import RecommendAnswer
-from api_controller.service import THREADS, Service
+from api_controller.service import FALLBACK_SECONDS, RETRY_SECONDS, THREADS, Service
 from catalog import User
 from release import Release
 from settings import ServiceSettings, Settings
@@ -350,6 +351,35 @@ def run_python(source: str, shop: Settings) -> subprocess.CompletedProcess[str]:
     """In a process of its own, whose service is of `shop`."""
     environment = {**os.environ, **environment_of(shop)}
     return subprocess.run([sys.executable, "-c", source], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_what_is_kept_in_memory_is_made_anew_soon_after_the_start_and_then_by_the_minute_whatever_fails(
+    shop, monkeypatch
+):
+    """Contexts are read from then on at once: no start waits for it, and nobody's first context either."""
+    service = Service(ServiceSettings(**shop.model_dump(), _env_file=None))
+    refreshed, slept = [], []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 4:
+            raise asyncio.CancelledError
+
+    def refresh() -> None:
+        refreshed.append(service.recommender)
+        if len(refreshed) == 1:
+            raise RuntimeError("of the first time")
+
+    monkeypatch.setattr("api_controller.service.asyncio.sleep", sleep)
+    try:
+        service.open()
+        monkeypatch.setattr(service.recommender, "refresh", refresh)
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(service.keep_current())
+    finally:
+        service.close()
+    assert slept == [RETRY_SECONDS, FALLBACK_SECONDS, FALLBACK_SECONDS, FALLBACK_SECONDS]
+    assert len(refreshed) == 3
 
 
 def test_a_server_that_is_ready_looks_for_garbage_again(shop):
