@@ -89,32 +89,34 @@ def index_rows(shop: ShopData, release: Release) -> np.ndarray:
     return rows
 
 
-def queries_of_shoppers(shop: ShopData, release: Release, links: ItemLinks, count: int) -> np.ndarray:
-    """Real queries to check the index with: the newest requests, [<= count, row_width]; where there are none, those of shoppers who
-    looked at one product each."""
+def queries_of_shoppers(shop: ShopData, release: Release, links: ItemLinks, rows: np.ndarray, count: int) -> np.ndarray:
+    """Real queries to check the index of `rows` with: the newest requests, [<= count, row_width]; where there are none, those of
+    shoppers who looked at one product each."""
     tower = release.aligned_user_tower(shop.items.product_ids)
     requests = shop.requests(validation_start(shop.histories.at, 0.1), shop.now, shop.now)
     if not len(requests):
-        return _queries_after_a_look(shop, release, tower, count)
+        return _queries_after_a_look(release, tower, rows, count)
     chosen = np.random.default_rng(0).permutation(len(requests))[:count]
     profiles = release.profile_scaler().transform(shop.profiles)
     return retrieve(tower, shop, links, requests.take(chosen), profiles, tower.config.history, 1).queries
 
 
 @torch.no_grad()
-def _queries_after_a_look(shop: ShopData, release: Release, tower: UserTower, count: int) -> np.ndarray:
-    looked_at = np.random.default_rng(0).permutation(len(shop.items))[:count, None]
-    items = torch.from_numpy(looked_at)
+def _queries_after_a_look(release: Release, tower: UserTower, rows: np.ndarray, count: int) -> np.ndarray:
+    config = tower.config
+    # Histories hold what index rows hold.
+    looked_at = torch.from_numpy(rows[np.random.default_rng(0).permutation(len(rows))[:count, None]])
+    shoppers = len(looked_at)
     profile = torch.from_numpy(release.profile_scaler().transform([{}]))
     return tower(
         UserBatch(
-            history=shop.adapted(tower, looked_at),
-            collaborative=tower.collaborative_of(items, shop.popularity_as_of(shop.now)[items]),
-            kind=torch.full(looked_at.shape, KIND_IDS["view"]),
-            age=torch.zeros(looked_at.shape),
-            history_mask=torch.ones(looked_at.shape, dtype=torch.bool),
-            context=torch.zeros(len(looked_at), tower.config.text_width),
-            profile=profile.expand(len(looked_at), -1),
+            history=looked_at[..., : config.item_width],
+            collaborative=looked_at[..., config.untouched_column + 1 :],
+            kind=torch.full((shoppers, 1), KIND_IDS["view"]),
+            age=torch.zeros(shoppers, 1),
+            history_mask=torch.ones(shoppers, 1, dtype=torch.bool),
+            context=torch.zeros(shoppers, config.text_width),
+            profile=profile.expand(shoppers, -1),
         )
     ).numpy()
 
@@ -308,7 +310,7 @@ def main(options: IndexOptions) -> None:
         shop = ShopData.of_release(store, encoder, release)
         rows = index_rows(shop, release)
         links = shop.links(shop.now)
-        queries = queries_of_shoppers(shop, release, links, FITTED_QUERIES + CHECKED_QUERIES)
+        queries = queries_of_shoppers(shop, release, links, rows, FITTED_QUERIES + CHECKED_QUERIES)
         fitted = min(FITTED_QUERIES, (len(queries) + 1) // 2)
         untouched = shop.vectors.shape[1] + shop.popularity.width - 1  # UserTowerConfig.untouched_column
         space = SearchSpace.fit(rows, queries[:fitted], untouched)

@@ -125,7 +125,7 @@ def table_of(asked, shop) -> tuple[IndexedTable, ItemRows]:
     release = Release.open(shop.models_dir)
     data = ShopData.of_release(store, recommender.live().encoder, release)
     rows, ids = build_index.index_rows(data, release), data.items.product_ids
-    queries = build_index.queries_of_shoppers(data, release, data.links(data.now), 20)
+    queries = build_index.queries_of_shoppers(data, release, data.links(data.now), rows, 20)
     table = IndexedTable(store, release.name, rows, ids, release.search_space(), queries)
     return table, ItemRows(ids, rows, data.items.std, data.items.re)
 
