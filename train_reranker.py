@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model_reranker import ListwiseDeepFM, RerankerConfig, build_deepfm, start_from_retrieval, transfer
-from release import RERANKER, USER_TOWER_HOLDOUT, ItemEncoder, Release
+from release import RERANKER, USER_TOWER, USER_TOWER_HOLDOUT, ItemEncoder, Release
 from settings import UserError, run_script
 from shop_data import Requests, ShopData, event_weights
 from store import ShownList, Store
@@ -418,11 +418,13 @@ def main(options: RerankerOptions) -> None:
     if features is None:
         if PartialState().is_main_process:
             write(new_model(0.0), replace(config, trust=0.0, stranger_trust=0.0), 0, 0)
-            print(
-                f"release {release.name}: {RERANKER} learned nothing, and lists keep retrieval's order: fewer than {LEAST_LISTS} "
-                "lists of the held-out days hold what the shopper took; import more events, or raise --validation-share of "
-                "train_user.py"
+            lacking = (
+                f"fewer than {LEAST_LISTS} lists of the held-out days hold what the shopper took; import more events, or raise "
+                "--validation-share of train_user.py"
+                if release.learned_from_events
+                else f"{USER_TOWER} learned nothing either; when there are more events, train again (retrain.py)"
             )
+            print(f"release {release.name}: {RERANKER} learned nothing, and lists keep retrieval's order: {lacking}")
         return
     lists = features.lists
     if shown and PartialState().is_main_process:

@@ -39,6 +39,7 @@ LIMITS = {
     "throughput, answers a second": (10.0, "too few to run a node for"),
 }
 BETTER_MORE = {"throughput, answers a second"}
+FORETOLD = 100  # times the largest catalogue that was measured: of what lies beyond, the same growth says nothing
 HEAD = """# Speed
 
 Made by `python -m benchmarks.performance` from [performance.json](performance.json), whose rows say which command and commit they
@@ -135,18 +136,18 @@ def _beyond(by: dict[tuple[int, str], Row], sizes: Sequence[int]) -> list[str]:
         f"| {metric} | {_number(by[last, metric].value)} | {_number(by[last, metric].value * 10**exponent)} |"
         for metric, exponent in power.items()
     ]
-    ends, never = [], []
+    ends, later = [], []
     for metric, (limit, what) in LIMITS.items():
         if metric not in power:
             continue
         sign = -1 if metric in BETTER_MORE else 1
         growth, left = sign * power[metric], sign * math.log(limit / by[last, metric].value)
         if left <= 0:
-            ends.append((math.log(last), metric, limit, what))
-        elif growth > 0:
-            ends.append((math.log(last) + left / growth, metric, limit, what))
+            ends.append((float(last), metric, limit, what))
+        elif growth > 0 and left / growth <= math.log(FORETOLD):
+            ends.append((last * math.exp(left / growth), metric, limit, what))
         else:
-            never.append(metric)
+            later.append(f"{metric} {_number(limit)} ({what})")
     parts = [
         "## Beyond",
         f"The next tenfold, if it costs as much more as from {before:,} to {last:,} products. Nobody measured it:",
@@ -160,16 +161,13 @@ def _beyond(by: dict[tuple[int, str], Row], sizes: Sequence[int]) -> list[str]:
                 for size, metric, limit, what in sorted(ends)
             )
         )
-    if never:
-        parts.append(f"Not by the size of the catalogue: {'; '.join(never)}.")
+    if later:
+        parts.append(f"Not up to {FORETOLD * last:,} products, beyond which nothing is foretold: {'; '.join(later)}.")
     return parts
 
 
-def _rough(log_size: float) -> str:
-    """Of a power of e, two digits of it: nobody knows more."""
-    if log_size > math.log(1e12):
-        return "more than a million million"
-    size = math.exp(log_size)
+def _rough(size: float) -> str:
+    """Two digits: nobody knows more."""
     step = 10 ** (math.floor(math.log10(size)) - 1)
     return f"about {round(size / step) * step:,.0f}"
 
