@@ -5,6 +5,7 @@ A request is answered by one release from start to end, even if another goes liv
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -135,6 +136,7 @@ class Recommender:
         self._popular = Popular([], Ranked([], np.zeros(0), np.zeros((0, 0))))
         self._away_until = 0.0  # of time.monotonic()
         self.lists = list_kinds.ListKinds(store, settings)
+        self._catching_up = threading.Lock()
         self._context = lru_cache(CONTEXT_CACHE)(lambda text: text_encoder.pooled([text])[0])
 
     def contexts_asked(self) -> tuple[int, int]:
@@ -517,26 +519,32 @@ class Recommender:
         self._popular = Popular([popular.items[row] for row in kept], popular.ranked.take(kept))
         return deleted
 
-    def catch_up(self) -> int:
-        """Index the products of which the live release has no vector, or that of what they were: they came or changed while it was
-        built, or while another one was live. How many they were."""
-        loaded = self.live()
-        outdated = self.store.vectors.outdated(loaded.name)
-        self.index(loaded, outdated)
-        return len(outdated)
+    def catch_up(self, releases: Sequence[str] = ()) -> int:
+        """Index the products of which the live release, or one of `releases` that can answer, has no vector, or that of what they
+        were: they came or changed while it was built, or while it stood aside. How many vectors that made.
 
-    def index(self, loaded: LoadedRelease, ids: Sequence[str]) -> None:
+        Who asks while another thread is at it waits, and does what is left: together they would do it twice, and more slowly.
+        """
+        with self._catching_up:
+            there = [loaded for loaded in self._answering(releases) if self.store.vectors.exists(loaded.name)]
+            return sum(self.index(loaded, self.store.vectors.outdated(loaded.name)) for loaded in there)
+
+    def index(self, loaded: LoadedRelease, ids: Sequence[str]) -> int:
         """Embed products as they stand now, and put their rows into a release: searches find them at once. Ids of products that are
-        not there, or were not read yet, do nothing.
+        not there, were not read yet, or have their vector do nothing. How many vectors that made.
 
         They are read under the lock that `put_products` holds: read before it, a product that somebody puts or deletes meanwhile
         would get the vector of what it was.
         """
+        made = 0
         for start in range(0, len(ids), INDEX_BATCH):
-            with self.store.products.changing(ids[start : start + INDEX_BATCH], []) as change:
-                products = [standing.product for standing in change.before.values() if standing.product is not None]
+            with self.store.products.changing(ids[start : start + INDEX_BATCH], [loaded.name]) as change:
+                standing = change.before.values()
+                products = [one.product for one in standing if one.product is not None and not one.indexed]
                 if products:
                     change.put_vectors(loaded.name, self._rows(loaded, products))
+                    made += len(products)
+        return made
 
     def _rows(self, loaded: LoadedRelease, products: Sequence[Product]) -> ItemRows:
         """What a release holds of products."""

@@ -135,7 +135,10 @@ async def start(name: ExperimentName, body: ExperimentBody, service: ServiceDep)
                     recommender.releases.check(arm.release)
             except UserError as error:
                 raise invalid((["body", "arms", number, "release"], str(error))) from error
-        return store.experiments.start(name, body.arms, body.note)
+        started = store.experiments.start(name, body.arms, body.note)
+        if started is not None:
+            service.catch_up()  # what came or changed since its releases were indexed went into the live one alone
+        return started
 
     started = await service.run(work)
     if started is None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import threading
 from collections.abc import Callable
 from typing import Annotated
 
-import psycopg
 from fastapi import APIRouter, HTTPException, Query
 
 import release as releases
@@ -15,12 +12,9 @@ from api_controller.access import ADMIN
 from api_controller.refusals import CONFLICT, MISSING, unavailable
 from api_controller.schemas import ReleaseAnswer, ReleaseName
 from api_controller.service import Service, ServiceDep
-from loaded_release import UnavailableError
-from recommender import Recommender
 from release import PARTS, Release
 from settings import UserError
 
-log = logging.getLogger("styletower")
 router = APIRouter(prefix="/releases", tags=["releases"], dependencies=[ADMIN])
 
 Leaving = Annotated[
@@ -51,7 +45,7 @@ async def promote(name: ReleaseName, service: ServiceDep, leaving: Leaving = Non
         releases.promote(store, models_dir, name, text_encoder=recommender.text_encoder, expected=leaving)
         return described(service, name)
 
-    return await moved(service, recommender, work)
+    return await moved(service, work)
 
 
 @router.post("/rollback", responses=CONFLICT)
@@ -64,18 +58,18 @@ async def rollback(service: ServiceDep, leaving: Leaving = None) -> ReleaseAnswe
     def work() -> ReleaseAnswer:
         return described(service, releases.rollback(store, models_dir, recommender.text_encoder, leaving))
 
-    return await moved(service, recommender, work)
+    return await moved(service, work)
 
 
-async def moved(service: Service, recommender: Recommender, work: Callable[[], ReleaseAnswer]) -> ReleaseAnswer:
+async def moved(service: Service, work: Callable[[], ReleaseAnswer]) -> ReleaseAnswer:
     """Move the pointer; 409 when that cannot be, 503 when it is not known whether it was. Products that the release does
     not know yet, or not as they are now, are indexed behind the answer."""
 
     def work_to_the_end() -> ReleaseAnswer:
         answer = work()
-        # Here, since a call that is answered by a 503 comes so far too. In a thread of its own: it takes long.
+        # Here, since a call that is answered by a 503 comes so far too.
         service.promotions.inc()
-        threading.Thread(target=catch_up, args=(recommender,), name="catch-up", daemon=True).start()
+        service.catch_up()
         return answer
 
     try:
@@ -86,14 +80,6 @@ async def moved(service: Service, recommender: Recommender, work: Callable[[], R
         if error.status_code != 503:
             raise
         raise unavailable(f"{error.detail}; {NOT_HEARD}") from error
-
-
-def catch_up(recommender: Recommender) -> None:
-    """Nobody waits for it, so nobody hears but the log when it cannot be done."""
-    try:
-        recommender.catch_up()
-    except (UnavailableError, psycopg.Error) as error:
-        log.warning("products that came or changed while another release was live are not indexed yet: %s", error)
 
 
 def described(service: Service, name: str) -> ReleaseAnswer:

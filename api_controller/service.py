@@ -37,6 +37,8 @@ REHEARSALS = 2  # on each of THREADS connections, which are taken in turn: the f
 MAX_WAITING = 64  # requests in the pool's queue; beyond, 503 at once
 REQUEST_SECONDS = 5.0
 RETRY_SECONDS = 2.0  # between attempts to open what was missing at the start
+CATCH_UP_SECONDS = 10.0  # between attempts to index what a release does not know yet
+LEFT_SECONDS = 60.0  # after the start: what was to be indexed when the last process ended waits so long
 EXPERIMENT_SECONDS = 0.5  # for so long a worker may not know of an experiment's start or stop
 TIDY_SECONDS = 3600.0  # between looks for what has grown too old to be kept
 FALLBACK_SECONDS = 60.0  # the popular items that answer while the database is away are no older
@@ -63,6 +65,7 @@ class Service:
         self.rehearsed = False
         self.problem = "starting"
         self.opening = threading.Lock()
+        self.closing = threading.Event()
         self.registry = CollectorRegistry()
         self.requests = Counter("styletower_requests", "Requests", ["route", "status"], registry=self.registry)
         self.seconds = Histogram("styletower_stage_seconds", "Seconds a stage", ["stage"], registry=self.registry)
@@ -123,6 +126,7 @@ class Service:
         gc.collect()
         gc.freeze()
         self.rehearsed = True
+        self.catch_up(LEFT_SECONDS)
 
     def _text_encoder(self) -> TextEncoder:
         if self.encoder is None:
@@ -159,6 +163,27 @@ class Service:
             except Exception:  # nobody awaits this task: once ended, it would be missed by nobody either
                 log.exception("what is kept in memory is as it was; tried again soon")
             seconds = RETRY_SECONDS if self.recommender is None else FALLBACK_SECONDS
+
+    def catch_up(self, after: float = 2 * EXPERIMENT_SECONDS) -> None:
+        """Have those products indexed that a release which answers does not know yet, or not as they are. Nobody waits for it: it
+        takes long, and is tried again until it is done. Not at once: a worker that does not know of an experiment yet puts into
+        the live release alone."""
+        threading.Thread(target=self._catch_up, args=(after,), name="catch-up", daemon=True).start()
+
+    def _catch_up(self, after: float) -> None:
+        assert self.recommender is not None
+        seconds = after
+        while not self.closing.wait(seconds):
+            try:
+                if made := self.recommender.catch_up(self.answering_releases()):
+                    log.info("%d products that came or changed while a release stood aside are indexed", made)
+                return
+            except (UnavailableError, psycopg.Error) as error:
+                log.warning(
+                    "products that came or changed while a release stood aside are not all indexed yet; tried again in %.0f s: %s",
+                    CATCH_UP_SECONDS, " ".join(str(error).split()),
+                )  # fmt: skip
+            seconds = CATCH_UP_SECONDS
 
     def count_contexts(self, recommender: pipeline.Recommender) -> None:
         """Add what was asked since the last time. Call it in the event loop: two at once would add it twice."""
@@ -197,6 +222,7 @@ class Service:
             store.sessions.delete_before(timedelta(days=self.settings.session_retention_days))
 
     def close(self) -> None:
+        self.closing.set()
         self.reports.shutdown(wait=False, cancel_futures=True)
         self.checks.shutdown(wait=True, cancel_futures=True)
         self.pool.shutdown(wait=True, cancel_futures=True)

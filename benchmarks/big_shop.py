@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -113,6 +113,9 @@ def _fill(store: Store, base: Base, release: Release, items: int) -> None:
         connection.execute("VACUUM (ANALYZE)")
 
     rows = _rows(base, random, like)
+    # Else the server would take all of them for changed, and embed them anew while it is measured.
+    made_of = store.products.features_at()
+    rows = replace(rows, features_at=[made_of[product_id] for product_id in rows.product_ids])
     started = time.monotonic()
     queries = queries_of(release, base, rows.vectors, random, FITTED_QUERIES + CHECKED_QUERIES)
     space = SearchSpace.fit(rows.vectors, queries[:FITTED_QUERIES], base.untouched)

@@ -43,11 +43,15 @@ UPDATE_FEATURES = """
             IS DISTINCT FROM (given.std, given.re, given.origin, given.evidence)
 """
 
+_HELD = "SELECT FROM products WHERE product_id = ANY(%s::text[]) ORDER BY product_id FOR UPDATE"
 _STANDING = sql.SQL("""
     SELECT product_id, title, description, attributes, features_origin, std, re, {indexed}
-    FROM products WHERE product_id = ANY(%s::text[]) ORDER BY product_id FOR UPDATE
+    FROM products WHERE product_id = ANY(%s::text[]) ORDER BY product_id
 """)
-_INDEXED = sql.SQL("EXISTS (SELECT FROM {} AS rows WHERE rows.product_id = products.product_id)")
+_INDEXED = sql.SQL(
+    "EXISTS (SELECT FROM {} AS rows WHERE rows.product_id = products.product_id"
+    " AND rows.features_at IS NOT DISTINCT FROM products.features_at)"
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Standing:
     text: tuple[str, str, dict[str, list[str]]]  # title, description, attributes: all that features are read from
     origin: str | None  # who read the features, None: nobody yet
     product: Product | None
-    indexed: bool  # has a vector in every one of the releases
+    indexed: bool  # has a vector, of its features as they are, in every one of the releases
 
 
 class Change:
@@ -84,6 +88,8 @@ class Change:
     def __init__(self, connection: Connection[Any], ids: Collection[str], releases: Sequence[str]) -> None:
         self._connection = connection
         indexed = sql.SQL(" AND ").join([sql.SQL("true"), *(_INDEXED.format(table_of(name)) for name in releases)])
+        # Two statements: one that waits for a lock knows of other tables what they were before it waited.
+        connection.execute(_HELD, (list(ids),))
         rows = connection.execute(_STANDING.format(indexed=indexed), (list(ids),)).fetchall()
         self.before = {
             product_id: Standing(

@@ -55,9 +55,7 @@ def test_a_shop_opens_without_a_single_event_and_learns_when_there_are_some(comm
     trained(common, "first")
     said = capsys.readouterr().out
     assert "user_tower.pth learned nothing: there is no event on a product yet" in said
-    assert (
-        "learned nothing, and lists keep retrieval's order: user_tower.pth learned nothing either" in said
-    )
+    assert "learned nothing, and lists keep retrieval's order: user_tower.pth learned nothing either" in said
     assert "--validation-share" not in said  # of no event at all no share helps
     release = Release.open(settings.models_dir)
     assert (Release.current(settings.models_dir), release.learned_from_events) == ("first", False)

@@ -348,6 +348,24 @@ def test_a_release_that_answers_in_an_experiment_is_not_deleted(shop, admin):
     assert admin.put_products([RawProduct(product_id="after-twins", title="Dress")]).stored == 1
 
 
+def test_a_release_that_stood_aside_knows_what_came_meanwhile_when_its_experiment_starts(shop, admin):
+    trained(shop).make_live()
+    twin(shop, "ninth")
+    admin.put_products([RawProduct(product_id="before-start", title="Linen wrap dress", price=76543210.0)])
+    arms = [Arm(name="old", share=0.001), Arm(name="new", share=0.999, release="ninth")]
+    admin.start_experiment("aside", ExperimentBody(arms=arms))
+    body = RecommendBody.model_validate({"user_id": "of-new", "filters": {"min_price": 76543210.0}})
+
+    def answered() -> tuple[str, list[str]]:
+        answer = admin.recommend(body)
+        return answer.release, [item.product_id for item in answer.items]
+
+    eventually(lambda: answered() == ("ninth", ["before-start"]))
+    admin.stop_experiment("aside")
+    with Store.open(shop) as store:
+        delete(store, shop.models_dir, "ninth")
+
+
 def test_what_came_or_changed_while_another_release_was_live_is_known_after_the_way_back(shop, admin):
     first = trained(shop)
     first.make_live()

@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -352,6 +353,36 @@ def blocked(store: Store) -> int:
         ).fetchone()
     assert row is not None
     return int(row[0])
+
+
+def test_workers_that_catch_up_at_once_make_each_vector_once(new_shop, monkeypatch):
+    with new_shop() as shop, Store.open(shop) as store:
+        workers = [Recommender(store, shop, TextEncoder.load(shop)) for _ in range(2)]
+        name = workers[0].live().name
+        gone = [product.product_id for product in store.products.read_features()][::4]
+        with store.pool.connection() as connection:
+            vectors.delete(connection, gone)
+        made, outdated, all_know = [], store.vectors.outdated, threading.Barrier(2, timeout=60)
+
+        def noted(rows):
+            def note(loaded, products):
+                made.extend(product.product_id for product in products)
+                return rows(loaded, products)
+
+            return note
+
+        def known_to_both(release):
+            found = outdated(release)
+            all_know.wait()
+            return found
+
+        monkeypatch.setattr(store.vectors, "outdated", known_to_both)
+        for worker in workers:
+            monkeypatch.setattr(worker, "_rows", noted(worker._rows))
+        with ThreadPoolExecutor(2) as threads:
+            assert sum(threads.map(Recommender.catch_up, workers)) == len(gone)
+        assert sorted(made) == sorted(gone)
+        assert outdated(name) == []
 
 
 def test_a_put_that_ends_after_another_release_went_live_is_in_that_one_too(new_shop, monkeypatch):

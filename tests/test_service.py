@@ -20,7 +20,8 @@ from psycopg.conninfo import conninfo_to_dict
 
 from api_controller.schemas import RecommendAnswer
 from api_controller.service import FALLBACK_SECONDS, RETRY_SECONDS, THREADS, Service
-from catalog import User
+from catalog import Product, RawProduct, User
+from recommender import Recommender
 from release import Release
 from settings import ServiceSettings, Settings
 from store import Store
@@ -380,6 +381,34 @@ def test_what_is_kept_in_memory_is_made_anew_soon_after_the_start_and_then_by_th
         service.close()
     assert slept == [RETRY_SECONDS, FALLBACK_SECONDS, FALLBACK_SECONDS, FALLBACK_SECONDS]
     assert len(refreshed) == 3
+
+
+def test_what_was_to_be_indexed_when_the_last_process_ended_is_indexed_after_the_start_whatever_fails(
+    shop, monkeypatch
+):
+    monkeypatch.setattr("api_controller.service.LEFT_SECONDS", 0.0)
+    monkeypatch.setattr("api_controller.service.CATCH_UP_SECONDS", 0.0)
+    attempts, catch_up = [], Recommender.catch_up
+
+    def fail_at_first(self, releases):
+        attempts.append(releases)
+        if len(attempts) == 1:
+            raise psycopg.OperationalError("away")
+        return catch_up(self, releases)
+
+    monkeypatch.setattr(Recommender, "catch_up", fail_at_first)
+    service = Service(ServiceSettings(**shop.model_dump(), _env_file=None))
+    with Store.open(shop) as store:
+        store.products.put([RawProduct(product_id="left", title="Wool coat")])
+        store.products.put_features([Product(product_id="left", title="Wool coat")], "test")
+        try:
+            service.open()
+            live = Release.current(shop.models_dir)
+            eventually(lambda: store.vectors.fetch(live, ["left"]).product_ids == ["left"])
+        finally:
+            service.close()
+            store.products.delete(["left"])
+    assert attempts == [[], []]
 
 
 def test_a_server_that_is_ready_looks_for_garbage_again(shop):
