@@ -338,9 +338,10 @@ def main(options: IndexOptions) -> None:
             check_not_worse(store, shop, release, options, encoder.text_encoder)
             release.make_live()
             print(f"release {release.name} is live")
-            # What the API put meanwhile, it put into the release that was live then; from here on it puts it into this one.
-            if count := Recommender(store, options, encoder.text_encoder).catch_up():
-                print(f"{count} products that came or changed meanwhile are indexed too")
+        # What the API put meanwhile, it put into the release that was live then, or, if this one answers in an experiment, into the
+        # table that it had.
+        if count := Recommender(store, options, encoder.text_encoder).catch_up([release.name]):
+            print(f"{count} products that came or changed meanwhile are indexed too")
 
 
 if __name__ == "__main__":

@@ -405,8 +405,10 @@ def test_a_put_that_ends_after_another_release_went_live_is_in_that_one_too(new_
         assert store.vectors.fetch("second", ["p"]).product_ids == ["p"]
 
 
-def test_what_is_put_while_an_index_is_built_is_in_it(new_shop, monkeypatch, capsys):
+@pytest.mark.parametrize("live", [True, False])
+def test_what_is_put_while_an_index_is_built_is_in_it(new_shop, monkeypatch, capsys, live):
     with new_shop() as shop, Store.open(shop) as store:
+        before = Release.current(shop.models_dir)
         shutil.copytree(Release.open(shop.models_dir).folder, shop.models_dir / "zz-second")
         recommender = Recommender(store, shop, TextEncoder.load(shop))
         reader = extract_features.make_reader(extract_features.ReaderSettings(_env_file=None), store.cache)
@@ -417,8 +419,8 @@ def test_what_is_put_while_an_index_is_built_is_in_it(new_shop, monkeypatch, cap
             copied(*given)
 
         monkeypatch.setattr(build_index, "copy_rows", put_and_copy)
-        build_index.main(build_index.IndexOptions(**shop.model_dump(), margin=1.0))
-        assert Release.current(shop.models_dir) == "zz-second"
+        build_index.main(build_index.IndexOptions(**shop.model_dump(), release="zz-second", margin=1.0, live=live))
+        assert Release.current(shop.models_dir) == ("zz-second" if live else before)
         assert "\n1 products that came or changed meanwhile are indexed too" in capsys.readouterr().out
         assert store.vectors.fetch("zz-second", ["p"]).product_ids == ["p"]
 
