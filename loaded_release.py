@@ -20,7 +20,7 @@ from settings import UserError
 from store import Store
 from tensors import LinkWeights, PriceScale
 from text_encoder import TextEncoder
-from vocab import normalise
+from vocab import spellings
 
 MAX_RELEASES = 3  # loaded at once beside the live one
 # For so long after a release could not be used nobody tries again: reading it takes seconds.
@@ -52,9 +52,7 @@ class LoadedRelease:
         self.search_space = release.search_space()
         self.ef_search = int(release.manifest["index"]["ef_search"])  # what the index's recall was measured with
         schema = release.schema()
-        self.allowed_values = {
-            field_name: {normalise(value): value for value in values} for field_name, values in schema.std.items()
-        }
+        self.allowed_values = spellings(schema)
         self.context_words = ContextWords.of_schema(schema)
 
     @property

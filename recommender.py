@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -25,7 +25,7 @@ from loaded_release import LoadedRelease, LoadedReleases, UnavailableError
 from readers import LexiconReader
 from rule_search import Limits, RuleSearch, Search, limits_of, ranked_of
 from rules import DEFAULT, Effect, HideMet, NamedRules, Placed, Ranked, RuleSet, apply, filtered, seed_of
-from settings import Settings
+from settings import Settings, UserError
 from store import Filters, Found, History, ItemRows, Store, UserState
 from tensors import (
     KIND_IDS,
@@ -36,7 +36,7 @@ from tensors import (
     rerank_batch,
 )
 from text_encoder import TextEncoder
-from vocab import UNKNOWN
+from vocab import UNKNOWN, normalise, spellings
 
 CANDIDATES = 100  # that retrieval hands to the reranker
 FALLBACK_ITEMS = 200  # popular items kept in memory for when the database is away
@@ -430,9 +430,15 @@ class Recommender:
             with self.releases.lock:
                 loaded.learn_words(self.store.releases.words(loaded.name))
 
-    def allowed_values(self) -> dict[str, dict[str, str]]:
-        """What a filter may name, as the live release knows it: field -> normalised spelling -> the schema's spelling."""
-        return self.live().allowed_values
+    def allowed_values(self, named: Mapping[str, Sequence[str]]) -> dict[str, dict[str, str]]:
+        """What a filter may name: field -> normalised spelling -> the schema's. As the live release knows it, or where that does
+        not know all that is `named`, as the shop's schema is by now: products may have values that came after training."""
+        allowed = self.live().allowed_values
+        if all(normalise(value) in allowed.get(field, {}) for field, values in named.items() for value in values):
+            return allowed
+        with suppress(UserError):  # no schema any more
+            allowed = spellings(self.store.schema())
+        return allowed
 
     # ------------------------------------------------------------------------------------------------------------- items
     def similar(self, product_id: str, k: int) -> Answer:

@@ -164,6 +164,11 @@ class _Vocabulary:
         return vocabulary
 
 
+def spellings(schema: FeatureSchema) -> dict[str, dict[str, str]]:
+    """By what the values of each STD field are known: field -> normalised -> as the schema spells it."""
+    return {field: {normalise(value): value for value in values} for field, values in schema.std.items()}
+
+
 class StdVocab(_Vocabulary):
     """The closed vocabulary: exactly the allowed values of a schema's STD fields."""
 

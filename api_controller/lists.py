@@ -132,7 +132,7 @@ def _known_values(recommender: pipeline.Recommender, part: str, std: dict[str, l
     """A part of the filter in the schema's own spelling; 422 on a field or value that the shop does not have."""
     if not std:
         return {}
-    allowed = recommender.allowed_values()
+    allowed = recommender.allowed_values(std)
     found: dict[str, list[str]] = {}
     for field, values in std.items():
         place = ["body", "filters", part, field]

@@ -129,6 +129,24 @@ def test_a_value_outside_the_schema_is_refused_aloud_and_quarantined(shop, clien
         assert any("spaceship" in row.raw for row in store.quarantine.read("api"))
 
 
+def test_a_value_that_came_to_the_schema_after_training_can_be_put_and_asked_for(shop, client):
+    with Store.open(shop) as store:
+        before = store.schema()
+        store.put_schema(
+            before.model_copy(update={"std": {**before.std, "category": [*before.std["category"], "Cape"]}})
+        )
+        try:
+            product = {"product_id": "put-3", "title": "Wool cape", "attributes": {"category": ["cape"]}}
+            assert not client.put("/products", json=product).json()["refused_values"]
+            assert ids(recommend(client, filters={"std": {"category": ["CAPE"]}})) == ["put-3"]
+            assert "put-3" not in ids(recommend(client, filters={"std_none": {"category": ["cape"]}}, k=100))
+            beside = recommend(client, kind="basket", cart=["put-3"], k=5)  # the release has no word for what it is
+            assert "item 'put-3' in cart has no category; more of its kind may be offered" in beside["warnings"]
+        finally:
+            store.put_schema(before)
+            store.products.delete(["put-3"])
+
+
 @pytest.mark.parametrize(
     ("filters", "named"),
     [({"std": {"planet": ["mars"]}}, "planet"), ({"std": {"category": ["spaceship"]}}, "spaceship")],
