@@ -46,6 +46,7 @@ PARTS = 3
 CAREFUL_ROWS = 50_000  # that nobody met, of which a graph with three times the links still takes but a minute
 SAMPLED_ROWS = 5_000  # of which an index is built to foresee how long one of all will take: half a second
 DELETE_WAIT = "200ms"  # for a table on which an index is being built; see `delete`
+OUTDATED_WAIT = "10min"  # for a look at every product, of a great catalogue; see `outdated`
 _COLUMNS = sql.SQL("product_id, vector, placed, part, std_ids, re_ids, linked, link_strength, features_at")
 # The wire form as bytes: a hundred rows become one array at once (`stack_vectors`, `stack_ids`), not number by number.
 BINARY = sql.SQL("vector_send(vector), array_send(std_ids), array_send(re_ids)")
@@ -446,12 +447,14 @@ class Vectors:
         return bool(row[0])
 
     def outdated(self, release: str) -> list[str]:
-        """Products that have features and no vector in the release, or one that was made of others, in the order of ids."""
+        """Products that have features and no vector in the release, or one that was made of others, in the order of ids. Looks at
+        every product, which may take longer than a request may."""
         query = sql.SQL(
             "SELECT product_id FROM products LEFT JOIN {} AS v USING (product_id) WHERE std IS NOT NULL"
             " AND (v.product_id IS NULL OR v.features_at IS DISTINCT FROM products.features_at) ORDER BY product_id"
         ).format(table_of(release))
-        with self._pool.connection() as connection:
+        with self._pool.connection() as connection, connection.transaction():
+            connection.execute("SELECT set_config('statement_timeout', %s, true)", (OUTDATED_WAIT,))
             return [product_id for (product_id,) in connection.execute(query).fetchall()]
 
     def drop(self, release: str) -> None:
