@@ -322,7 +322,7 @@ class Recommender:
 
     def _state(self, loaded: LoadedRelease, request: Request) -> tuple[UserState, list[str]]:
         """What is stored for the user, with the request's own history behind it."""
-        warnings = []
+        warnings = loaded.scaler.doubts(request.profile)
         length = loaded.user_tower.config.history
         state = UserState.empty(loaded.user_tower.config.row_width)
         if request.user_id is not None:

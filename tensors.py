@@ -38,6 +38,7 @@ KINDS = len(KIND_IDS) + 1
 
 MAX_AGE_DAYS = 365.0  # of an event: older is as old
 PROFILE_CLIP = 4.0  # standard deviations; beyond lies a typing error
+MISTYPED = 10.0  # robust standard deviations from the median; beyond, a value is no part of what shoppers are like
 
 
 # --------------------------------------------------------------------------------------------------------------- items
@@ -189,7 +190,11 @@ def _compact(ids: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------ profiles
 @dataclass(frozen=True)
 class ProfileScaler:
-    """Z-scores with the training shoppers' statistics. Missing numbers become 0 with a flag of 1."""
+    """Z-scores with the training shoppers' statistics. Missing numbers become 0 with a flag of 1.
+
+    Values beyond MISTYPED do not count in the statistics: a single height in tenths of a millimetre would leave nothing of the
+    differences between all others.
+    """
 
     fields: list[str]
     mean: list[float]
@@ -201,7 +206,7 @@ class ProfileScaler:
         counts = Counter(field for profile in profiles for field in profile)
         filled = sum(1 for profile in profiles if profile)
         fields = sorted(field for field, count in counts.items() if count >= max(2, min_share * filled))
-        values = [np.array([p[field] for p in profiles if field in p]) for field in fields]
+        values = [_typed_right(np.array([p[field] for p in profiles if field in p])) for field in fields]
         # A field that never varies carries nothing: a standard deviation of 1 maps it to 0 instead of to infinity.
         return cls(fields, [float(v.mean()) for v in values], [float(v.std()) or 1.0 for v in values])
 
@@ -216,6 +221,44 @@ class ProfileScaler:
         z = np.clip((values - np.array(self.mean)) / np.array(self.std), -PROFILE_CLIP, PROFILE_CLIP)
         missing = ~np.isfinite(z)
         return np.concatenate([np.where(missing, 0.0, z), missing], axis=1).astype(np.float32)
+
+    def doubts(self, profile: Mapping[str, float]) -> list[str]:
+        """What in a profile will not count as whoever sent it means it, in words for them."""
+        said = []
+        for field, value in profile.items():
+            if field not in self.fields:
+                known = f"it knows {', '.join(self.fields)}" if self.fields else "it knows no field"
+                said.append(f"profile field {field!r} is unknown to the release, and ignored; {known}")
+                continue
+            least, most = self._bounds(field)
+            if not least <= value <= most:
+                said.append(
+                    f"profile field {field!r}: {value:g} is far from what shoppers have ({(least + most) / 2:.4g} on average) and "
+                    f"counts as {min(max(value, least), most):.4g}; is it in another unit?"
+                )
+        return said
+
+    def far_off(self, profiles: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+        """Values that are clipped, by field."""
+        found = {}
+        for field in self.fields:
+            least, most = self._bounds(field)
+            values = [profile[field] for profile in profiles if field in profile]
+            if far := [value for value in values if not least <= value <= most]:
+                found[field] = far
+        return found
+
+    def _bounds(self, field: str) -> tuple[float, float]:
+        number = self.fields.index(field)
+        most = PROFILE_CLIP * self.std[number]
+        return self.mean[number] - most, self.mean[number] + most
+
+
+def _typed_right(values: np.ndarray) -> np.ndarray:
+    """Those within MISTYPED of the median, by the median absolute deviation; all where most are the same."""
+    distance = np.abs(values - np.median(values))
+    spread = 1.4826 * np.median(distance)
+    return values[distance <= MISTYPED * spread] if spread > 0 else values
 
 
 # ---------------------------------------------------------------------------------------------------------- popularity

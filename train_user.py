@@ -35,7 +35,7 @@ from release import USER_TOWER, USER_TOWER_HOLDOUT, ItemEncoder, Release
 from settings import UserError, run_script
 from shop_data import HoldOutOptions, Requests, ShopData, validation_start
 from store import Store
-from tensors import DAY, HistoryIndex, UserBatch
+from tensors import DAY, PROFILE_CLIP, HistoryIndex, UserBatch
 from text_encoder import TextEncoder
 from training import FitReport, finish, fit
 
@@ -455,6 +455,12 @@ def main(options: UserOptions) -> None:
         )  # fmt: skip
 
     profiles = scaler.transform(shop.profiles)
+    if PartialState().is_main_process:
+        for field, far in scaler.far_off(shop.profiles).items():
+            print(
+                f"profiles: {len(far):,} values of {field} are more than {PROFILE_CLIP:g} standard deviations from the mean (the "
+                f"first is {far[0]:g}), and count as so many; are they in another unit?"
+            )
     held_out = shop.requests(split, shop.now, split)
     if lacking := lacking_to_learn(shop, options, split, held_out):
         if PartialState().is_main_process:

@@ -127,6 +127,29 @@ def test_z_scores_use_training_statistics_and_flag_what_is_missing():
     assert rows.tolist() == [[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0], [4.0, 0.0, 0.0, 1.0]]
 
 
+def test_a_typing_error_leaves_the_statistics_of_all_others_as_they_are():
+    heights = [{"height_cm": float(height)} for height in range(150, 191)]
+    scaler = ProfileScaler.fit([*heights, {"height_cm": 16500.0}, {"height_cm": 1.65}])
+    assert scaler == ProfileScaler.fit(heights)
+    rarely = ProfileScaler.fit([*[{"bust": 36.0}] * 5, {"bust": 38.0}])  # most are the same: nobody knows what is far
+    assert rarely.mean[0] > 36.0
+
+
+def test_what_of_a_profile_will_not_count_as_it_is_meant_is_said():
+    scaler = ProfileScaler.fit([{"height_cm": 160.0, "weight_kg": 50.0}, {"height_cm": 180.0, "weight_kg": 70.0}])
+    assert scaler.doubts({"height_cm": 210.0, "weight_kg": 20.0}) == []
+    assert scaler.doubts({"height_cm": 1.65, "height": 165.0}) == [
+        "profile field 'height_cm': 1.65 is far from what shoppers have (170 on average) and counts as 130; is it in another unit?",
+        "profile field 'height' is unknown to the release, and ignored; it knows height_cm, weight_kg",
+    ]
+    assert scaler.far_off([{"height_cm": 1.65}, {"height_cm": 165.0, "weight_kg": 900.0}, {"height_cm": 17.0}]) == {
+        "height_cm": [1.65, 17.0], "weight_kg": [900.0],
+    }  # fmt: skip
+    assert ProfileScaler.fit([]).doubts({"height_cm": 165.0}) == [
+        "profile field 'height_cm' is unknown to the release, and ignored; it knows no field"
+    ]
+
+
 def test_a_constant_field_says_nothing_and_divides_by_nothing():
     scaler = ProfileScaler.fit([{"age": 30.0}, {"age": 30.0}])
     assert scaler.transform([{"age": 30.0}]).tolist() == [[0.0, 0.0]]
