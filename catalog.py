@@ -27,6 +27,7 @@ from pydantic_core import PydanticCustomError
 # Events outside this window are clock errors (epoch zero, year 20170), not shopping.
 EARLIEST = datetime(1990, 1, 1, tzinfo=UTC)
 LATEST = datetime(2100, 1, 1, tzinfo=UTC)
+AHEAD = timedelta(days=1)  # that a sender's clock may be, or seem to be where a time is in no zone
 
 MAX_ID = 200  # characters; ids become index keys
 MAX_TEXT = 20_000  # characters of one title, description or context
@@ -62,6 +63,18 @@ def _utc(moment: datetime) -> datetime:
     moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
     if not EARLIEST <= moment < LATEST:
         raise ValueError(f"{moment.date()} is not a believable date (expected {EARLIEST.year} to {LATEST.year})")
+    return moment
+
+
+def newest_event() -> datetime:
+    """What is said to have happened then or later has not. All that is trained counts back from the newest event: a single one from
+    another century would leave nothing to learn from."""
+    return min(LATEST, datetime.now(UTC) + AHEAD)
+
+
+def _happened(moment: datetime) -> datetime:
+    if moment >= newest_event():
+        raise ValueError(f"{moment:%Y-%m-%d %H:%M} UTC is more than a day ahead of this machine's clock")
     return moment
 
 
@@ -161,7 +174,7 @@ class Event(_Record):
     )
     product_id: Identifier
     kind: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")] = "view"
-    at: Moment
+    at: Annotated[Moment, AfterValidator(_happened)]
     context: Text = Field("", description="the cart concept or occasion in words, if the shopper gave one")
     event_id: MaybeIdentifier = ""
     list_id: MaybeIdentifier = Field(

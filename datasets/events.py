@@ -11,7 +11,7 @@ from hashlib import blake2b
 
 import polars as pl
 
-from catalog import EARLIEST, LATEST, MAX_ID, MAX_TEXT, SESSION, Event, Rejected
+from catalog import EARLIEST, MAX_ID, MAX_TEXT, SESSION, Event, Rejected, newest_event
 from datasets.reading import validated
 
 EVENT_SCHEMA: dict[str, pl.DataType] = {
@@ -72,7 +72,7 @@ def checked_events(
             pl.col("list_id_absent") | _plain_id("list_id"),
             pl.col("context_absent")
             | (pl.col("context").str.len_chars() <= MAX_TEXT) & ~pl.col("context").str.contains("\x00", literal=True),
-            pl.col("at").is_between(EARLIEST, LATEST, closed="left"),
+            pl.col("at").is_between(EARLIEST, newest_event(), closed="left"),
         ).fill_null(False)
     )
     clean = marked.filter("clean").with_columns(

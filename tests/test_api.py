@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,15 @@ def test_events_on_products_that_are_not_there_are_refused_and_nothing_is_stored
     assert answer.status_code == 200
     refused = [{"index": 0, "what": "product_id", "reason": "unknown product"}]
     assert answer.json() == {"stored": 0, "duplicates": 0, "refused": refused}
+
+
+def test_an_event_that_has_not_happened_is_refused_but_a_clock_may_be_ahead_or_in_another_zone(service):
+    """One from another century would leave the next training nothing to learn from."""
+    ahead = datetime.now(UTC) + timedelta(hours=14)
+    events = [{"user_id": "u", "product_id": "ghost", "at": at} for at in ("2099-01-01T00:00:00Z", ahead.isoformat())]
+    refused = service.post("/events", json=events).json()["refused"]
+    assert [(row["index"], row["what"]) for row in refused] == [(0, "at"), (1, "product_id")]
+    assert "2099-01-01 00:00 UTC is more than a day ahead of this machine's clock" in refused[0]["reason"]
 
 
 def test_the_description_is_whole_and_its_examples_fit_it(service):
