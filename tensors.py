@@ -33,6 +33,9 @@ MAX_HISTORY_IDS = 24  # STD and RE ids that summarise a shopper's history for th
 KIND_WEIGHTS = {"view": 1.0, "click": 1.0, "cart": 2.0, "purchase": 4.0, "skip": 0.0}
 OTHER_KIND_WEIGHT = 1.0
 INTEREST = 1.0  # what an event counts in popularity, a skip aside
+MOST_OF_A_DAY = (
+    10  # times that one shopper doing one thing with one product counts: a page loaded in a loop is no crowd
+)
 KIND_IDS = {kind: number for number, kind in enumerate(KIND_WEIGHTS, start=1)}  # 0: a shop's own kind
 KINDS = len(KIND_IDS) + 1
 
@@ -261,6 +264,19 @@ def _typed_right(values: np.ndarray) -> np.ndarray:
     return values[distance <= MISTYPED * spread] if spread > 0 else values
 
 
+def _repeats(act: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """How many earlier rows are of the same act on the same day: int64 [E]. `act` is a number for each; rows of one stand in order
+    of time, epoch seconds."""
+    day = at // DAY
+    order = np.lexsort((day, act))  # stable
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = (np.diff(act[order]) != 0) | (np.diff(day[order]) != 0)
+    place = np.arange(len(order))
+    count = np.empty(len(order), dtype=np.int64)
+    count[order] = place - np.maximum.accumulate(np.where(new, place, 0))
+    return count
+
+
 # ---------------------------------------------------------------------------------------------------------- popularity
 @dataclass(frozen=True)
 class Popularity:
@@ -347,7 +363,8 @@ class Histories:
     instant_end: np.ndarray  # int64 [E], one past the last
     first_meeting: np.ndarray  # bool [E], of worth, and no earlier such event of this user on this item
     weight: np.ndarray  # float32 [E], the strongest kind this user ever reached with the item
-    worth: np.ndarray  # float64 [E], what the event says about wanting; nothing or less for a skip
+    # float64 [E], what the event says about wanting: nothing or less for a skip, nothing beyond MOST_OF_A_DAY.
+    worth: np.ndarray
 
     @classmethod
     def build(
@@ -379,6 +396,7 @@ class Histories:
 
         pair = user.astype(np.int64) * max(1, len(product_ids)) + item
         pairs, pair_of = np.unique(pair, return_inverse=True)
+        worth[_repeats(pair_of * max(1, len(log.kinds)) + log.kind[order], at) >= MOST_OF_A_DAY] = 0.0
         wanted = np.flatnonzero(worth > 0)
         first_meeting = np.zeros(len(order), dtype=bool)
         first_meeting[wanted[np.unique(pair[wanted], return_index=True)[1]]] = True

@@ -18,6 +18,7 @@ from tensors import (
     DAY,
     ITEM_DENSE,
     LINK_SCALE,
+    MOST_OF_A_DAY,
     Candidates,
     Histories,
     ItemLayout,
@@ -290,6 +291,20 @@ def test_a_skip_is_history_but_no_sign_of_interest():
     nowhere = Popularity.fit(histories.item, histories.at, np.full(3, np.nan), [(99.0, 0.0)], histories.worth)
     assert nowhere.counts(np.arange(3), 100 * DAY, 100.0).tolist() == [1, 0, 2]
     assert nowhere.coordinates(np.arange(3), 100 * DAY)[:, -1].tolist() == [0.0, 1.0, 0.0]  # b was never wanted
+
+
+def test_a_page_that_one_shopper_loads_in_a_loop_is_no_crowd():
+    loop = [("robot", "a", "view", 1 + minute / 1440) for minute in range(300)]
+    others = [
+        ("robot", "a", "view", 2),
+        ("robot", "a", "purchase", 1.5),
+        ("robot", "b", "view", 1.5),
+        ("v", "a", "view", 1),
+    ]
+    histories = Histories.build(log([*loop, *others]), ["a", "b"])
+    popularity = Popularity.fit(histories.item, histories.at, np.full(2, np.nan), [(99.0, 0.0)], histories.worth)
+    assert popularity.counts(np.arange(2), 100 * DAY, 100.0).tolist() == [MOST_OF_A_DAY + 3, 1]
+    assert histories.first_meeting.sum() == 3
 
 
 def test_a_skip_links_nothing():
