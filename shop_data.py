@@ -34,6 +34,7 @@ from training import TrainOptions
 
 # Hours before this have no past to learn from: on the first day everything looks unwanted.
 WARM_UP = 1 * DAY
+MOST_TARGETS = 1000  # of one shopper: a robot that walks through the whole catalogue is no teacher
 
 
 class HoldOutOptions(TrainOptions):
@@ -120,10 +121,13 @@ class ShopData:
         return self.newest + 1.0
 
     def targets(self, start: float, end: float) -> np.ndarray:
-        """Events to learn to foresee: a shopper's first meeting with an item, in [start, end), of a kind that counts."""
+        """Events to learn to foresee: a shopper's first meeting with an item, in [start, end), of a kind that counts. The latest
+        MOST_TARGETS of each shopper."""
         histories = self.histories
         inside = (histories.at >= max(start, histories.at.min(initial=np.inf) + WARM_UP)) & (histories.at < end)
-        return np.flatnonzero(inside & histories.first_meeting)
+        rows = np.flatnonzero(inside & histories.first_meeting)
+        user = histories.user[rows]  # they stand by shopper, in order of time
+        return rows[np.searchsorted(user, user, side="right") - np.arange(len(rows)) <= MOST_TARGETS]
 
     def popularity_as_of(self, moment: float) -> Tensor:
         """Popularity coordinates of the whole catalogue: float32 [N, P]."""

@@ -75,6 +75,17 @@ def test_nothing_is_aimed_for_on_the_first_day_of_a_log_when_nothing_could_be_kn
     assert shop.targets(day[3] * DAY, shop.now).tolist() == [3]
 
 
+def test_a_robot_that_meets_everything_teaches_no_more_than_its_latest_examples(monkeypatch):
+    monkeypatch.setattr("shop_data.MOST_TARGETS", 3)
+    user, product = np.array([0, *[1] * 8, 2, 2]), np.array([0, *range(8), 5, 6])
+    day = 20_000 + np.array([0.0, *range(2, 10), 2.0, 3.0])
+    order = np.argsort(day, kind="stable")
+    shop = shop_of(user[order], product[order], day[order], 8)
+    taught = shop.targets(0.0, shop.now)
+    assert shop.histories.user[taught].tolist() == [1, 1, 1, 2, 2]
+    assert shop.histories.item[taught].tolist() == [5, 6, 7, 5, 6]
+
+
 def test_histories_hold_what_index_rows_hold_adapted_or_not(shop):
     random = np.random.default_rng(0)
     std, re = random.integers(0, 9, (ITEMS, 2)), random.integers(0, 7, (ITEMS, 3))
