@@ -33,9 +33,7 @@ MAX_HISTORY_IDS = 24  # STD and RE ids that summarise a shopper's history for th
 KIND_WEIGHTS = {"view": 1.0, "click": 1.0, "cart": 2.0, "purchase": 4.0, "skip": 0.0}
 OTHER_KIND_WEIGHT = 1.0
 INTEREST = 1.0  # what an event counts in popularity, a skip aside
-MOST_OF_A_DAY = (
-    10  # times that one shopper doing one thing with one product counts: a page loaded in a loop is no crowd
-)
+MOST_OF_A_DAY = 10  # times that one shopper's doing one thing with one product counts: a page in a loop is no crowd
 KIND_IDS = {kind: number for number, kind in enumerate(KIND_WEIGHTS, start=1)}  # 0: a shop's own kind
 KINDS = len(KIND_IDS) + 1
 
