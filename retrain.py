@@ -5,8 +5,8 @@
 
 Each stage is its own script, run with the options that the live release was made with. On top of them comes what the shop says now
 (EVENT_WEIGHTS and the like, in the environment, `.env` or at the keyboard), and on top of that what is given for a stage. Reading
-features takes the options of the environment. A stage prints one line with its time and its result, the last line says
-what happened, and so does the exit code:
+features takes the options of the environment. A stage prints its warnings, and one line with its time and its result; the last line
+says what happened, and so does the exit code:
 
     0    the new release is live
     2    something is missing, or a stage failed; the old release stays
@@ -38,7 +38,7 @@ import psycopg
 from pydantic import AfterValidator, Field
 
 from release import PARTS, Release, delete
-from settings import Settings, UserError, run_script
+from settings import WARNING, Settings, UserError, run_script
 from store import Store
 from store.embedded import PR_SET_PDEATHSIG
 
@@ -162,6 +162,9 @@ def run_stage(stage: str, release: Release, options: RetrainOptions, fresh: bool
                     sys.stderr.flush()
         said.seek(0)
         results = said.read()
+    for line in results.decode(errors="replace").splitlines():
+        if line.startswith(WARNING):
+            say(f"{stage}: {line}")
     code = process.returncode
     lines = [line.strip() for line in (last_words if code else results).decode(errors="replace").splitlines()]
     if code not in (0, WORSE, UserError.exit_code) and not sys.stderr.isatty():

@@ -21,6 +21,9 @@ from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsC
 LEAST_SECRET = 32  # characters: who holds one token can try secrets at leisure
 
 
+WARNING = "warning: "  # what a script's lines begin with that a person should see; retrain.py passes them on
+
+
 class UserError(Exception):
     """Something the person at the keyboard can mend. The message says what was wrong, where, and what to do."""
 

@@ -32,10 +32,10 @@ from tqdm import tqdm
 from item_links import ItemLinks
 from model_user import UserTower, UserTowerConfig
 from release import USER_TOWER, USER_TOWER_HOLDOUT, ItemEncoder, Release
-from settings import UserError, run_script
+from settings import WARNING, UserError, run_script
 from shop_data import HoldOutOptions, Requests, ShopData, validation_start
 from store import Store
-from tensors import DAY, PROFILE_CLIP, HistoryIndex, UserBatch
+from tensors import DAY, PROFILE_CLIP, HistoryIndex, ProfileScaler, UserBatch
 from text_encoder import TextEncoder
 from training import FitReport, finish, fit
 
@@ -48,6 +48,8 @@ MOST_SCORES = 32_000_000  # of those requests: several tables of so many numbers
 MINING_REQUESTS = 1024  # that hard negatives are mined from, each epoch
 MINED = 50  # top items of each
 LEAST_TARGETS = 2  # events from which something can be learned
+CROWD = 10_000  # events that no single person makes
+NAMED = 3  # of those who made so many
 GOING_ON = 0.3  # of the learning rate, for a tower that is trained and goes on learning
 # What is tried of the history's share of a query, and times the learned weights of links; of equally good ones the first is taken.
 # Links may count for more than they learned to: a tower that goes without them in most examples (`--forget-links`) knows little of
@@ -422,6 +424,24 @@ def lacking_to_learn(shop: ShopData, options: UserOptions, split: float, held_ou
     return "" if len(held_out) else "no shopper meets anything new in the held-out days"
 
 
+def doubts(shop: ShopData, scaler: ProfileScaler) -> list[str]:
+    """What in a shop's data is hardly what it seems, in words for people."""
+    said = [
+        f"{len(far):,} values of {field} are more than {PROFILE_CLIP:g} standard deviations from the mean, as {far[0]:g} is, and count "
+        "as so many; are they in another unit?"
+        for field, far in scaler.far_off(shop.profiles).items()
+    ]
+    histories = shop.histories
+    events = np.diff(histories.starts)
+    said += [
+        f"shopper {histories.user_ids[user]!r} has {events[user]:,} events, {events[user] / events.sum():.0%} of all; a robot, or "
+        "many people under one name? Who has no account is known by a session_id"
+        for user in np.argsort(-events, kind="stable")[:NAMED]
+        if events[user] >= CROWD
+    ]
+    return said
+
+
 def main(options: UserOptions) -> None:
     release = Release.open(options.models_dir, options.release)
     encoder = ItemEncoder(release, TextEncoder.load(options))
@@ -456,11 +476,8 @@ def main(options: UserOptions) -> None:
 
     profiles = scaler.transform(shop.profiles)
     if PartialState().is_main_process:
-        for field, far in scaler.far_off(shop.profiles).items():
-            print(
-                f"profiles: {len(far):,} values of {field} are more than {PROFILE_CLIP:g} standard deviations from the mean (the "
-                f"first is {far[0]:g}), and count as so many; are they in another unit?"
-            )
+        for doubt in doubts(shop, scaler):
+            print(f"{WARNING}{doubt}")
     held_out = shop.requests(split, shop.now, split)
     if lacking := lacking_to_learn(shop, options, split, held_out):
         if PartialState().is_main_process:

@@ -17,7 +17,7 @@ import pytest
 import keys
 import release as releases
 from api_controller.schemas import ExperimentBody, RecommendBody, RulesBody, RulesLiveBody, ViewBody
-from catalog import Event, Product, RawProduct
+from catalog import Event, Product, RawProduct, User
 from client import StyleTower, StyleTowerError, sign_shopper
 from experiments import Arm
 from release import PARTS, Release, _promotions, delete
@@ -586,6 +586,10 @@ def test_retraining_goes_on_after_a_kill_promotes_keeps_out_what_is_worse_and_cl
         eventually(lambda: "item_tower" in Release.open(shop.models_dir, second).manifest)
         process.kill()
         process.wait()
+        with Store.open(shop) as store:
+            store.users.put([User(user_id="in-metres", profile={"height_cm": 1.65})])
+            product_id = store.products.read_features()[0].product_id
+            store.events.put([Event(user_id="in-metres", product_id=product_id, at=datetime(2026, 6, 1, tzinfo=UTC))])
         assert Release.current(shop.models_dir) == first.name
         encoder = (shop.models_dir / second / "encoder_stage1.pth").stat().st_mtime_ns
 
@@ -593,6 +597,7 @@ def test_retraining_goes_on_after_a_kill_promotes_keeps_out_what_is_worse_and_cl
         assert done.returncode == 0, done.stdout + done.stderr
         assert f"goes on with release {second}" in done.stdout
         assert "train_simcse: done before" in done.stdout
+        assert "train_user: warning: 1 values of height_cm" in done.stdout
         assert f"promoted: release {second} is live" in done.stdout
         assert Release.current(shop.models_dir) == second
         assert (shop.models_dir / second / "encoder_stage1.pth").stat().st_mtime_ns == encoder

@@ -18,13 +18,14 @@ from model_user import UserTower, UserTowerConfig
 from settings import UserError
 from shop_data import Requests, ShopData
 from store import EventLog
-from tensors import DAY, Histories, ItemFeatures, Popularity
+from tensors import DAY, Histories, ItemFeatures, Popularity, ProfileScaler
 from text_encoder import Ragged
 from train_user import (
     HISTORY_TRUSTS,
     SampledSoftmax,
     UserOptions,
     best,
+    doubts,
     item_keys,
     learn,
     learn_on,
@@ -73,6 +74,18 @@ def test_nothing_is_aimed_for_on_the_first_day_of_a_log_when_nothing_could_be_kn
     shop = shop_of(np.zeros(4, dtype=np.int64), np.arange(4), day, 4)
     assert shop.targets(0.0, shop.now).tolist() == [2, 3]
     assert shop.targets(day[3] * DAY, shop.now).tolist() == [3]
+
+
+def test_what_is_hardly_what_it_seems_is_said(monkeypatch):
+    monkeypatch.setattr("train_user.CROWD", 4)
+    log = shop_of(np.array([0, 0, 0, 1, 1, 1, 1, 2]), np.arange(8), 20_000 + np.arange(8.0), 8)
+    people: list[dict[str, float]] = [{"height_cm": 160.0}, {"height_cm": 170.0}, {"height_cm": 1.65}]
+    assert doubts(replace(log, profiles=people), ProfileScaler.fit(people[:2])) == [
+        "1 values of height_cm are more than 4 standard deviations from the mean, as 1.65 is, and count as so many; are they in "
+        "another unit?",
+        "shopper 'u001' has 4 events, 50% of all; a robot, or many people under one name? "
+        "Who has no account is known by a session_id",
+    ]
 
 
 def test_a_robot_that_meets_everything_teaches_no_more_than_its_latest_examples(monkeypatch):
