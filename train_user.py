@@ -427,8 +427,8 @@ def lacking_to_learn(shop: ShopData, options: UserOptions, split: float, held_ou
 def doubts(shop: ShopData, scaler: ProfileScaler) -> list[str]:
     """What in a shop's data is hardly what it seems, in words for people."""
     said = [
-        f"{len(far):,} values of {field} are more than {PROFILE_CLIP:g} standard deviations from the mean, as {far[0]:g} is, and count "
-        "as so many; are they in another unit?"
+        f"{len(far):,} values of {field} are more than {PROFILE_CLIP:g} standard deviations from the mean, as {far[0]:g} is, and "
+        "count as so many; are they in another unit?"
         for field, far in scaler.far_off(shop.profiles).items()
     ]
     histories = shop.histories
