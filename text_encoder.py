@@ -102,6 +102,8 @@ class TextEncoder:
         self.fingerprint = _fingerprint(model, tokenizer)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = model.to(self._device).eval().requires_grad_(False)
+        is_plain = isinstance(model, distilbert.DistilBert) and self._device.type == "cpu"
+        self._brief_model = self._model.in_bfloat16() if is_plain and _computes_in_bfloat16() else self._model
         self._tokenizer = tokenizer
         self._cache_dir = cache_dir / self.fingerprint
         self._caches: dict[str, TextCache] = {}
@@ -139,7 +141,7 @@ class TextEncoder:
         counts = np.array([sum(row.content) for row in rows], np.int64)
         offsets = _offsets(counts)
         values = np.empty((offsets[-1], self.width), np.float16)
-        for batch, hidden, _, content in self._forward(rows, np.flatnonzero(counts), batch_size):
+        for batch, hidden, _, content in self._forward(self._model, rows, np.flatnonzero(counts), batch_size):
             found = hidden[content].to(torch.float16).cpu().numpy()  # [tokens of the batch, width], text after text
             for index, vectors in zip(batch, np.split(found, np.cumsum(counts[batch])[:-1]), strict=True):
                 values[offsets[index] : offsets[index + 1]] = vectors
@@ -154,11 +156,19 @@ class TextEncoder:
         The model's own prefix (`text_prefix` in its config, if any) is put before each text, as it was trained.
         Equal texts are encoded once.
         """
+        return self._pooled(self._model, texts, max_tokens, batch_size)
+
+    def brief(self, text: str) -> npt.NDArray[np.float32]:
+        """`pooled` of one text [width] for somebody who waits: where the processor computes in bfloat16, so do the layers, which of
+        so short a text takes as long as to read their weights."""
+        return self._pooled(self._brief_model, [text], POOLED_TOKENS, 1)[0]
+
+    def _pooled(self, model: Any, texts: Sequence[str], max_tokens: int, batch_size: int) -> npt.NDArray[np.float32]:
         unique, inverse = distinct(texts)
         rows = self._tokenise([self._prefix + text for text in unique], max_tokens + self._prefix_tokens)
         worded = np.flatnonzero([sum(row.content) > self._prefix_tokens for row in rows])
         vectors = np.zeros((len(unique), self.width), np.float32)
-        for batch, hidden, attended, _ in self._forward(rows, worded, batch_size):
+        for batch, hidden, attended, _ in self._forward(model, rows, worded, batch_size):
             weights = attended[..., None].to(hidden.dtype)  # (B, T, 1)
             vectors[batch] = ((hidden * weights).sum(1) / weights.sum(1)).float().cpu().numpy()
         return _unit(vectors)[inverse]
@@ -214,7 +224,7 @@ class TextEncoder:
         ]
 
     def _forward(
-        self, rows: Sequence[_Tokens], wanted: npt.NDArray[np.int64], batch_size: int
+        self, model: Any, rows: Sequence[_Tokens], wanted: npt.NDArray[np.int64], batch_size: int
     ) -> Iterator[tuple[npt.NDArray[np.int64], Tensor, Tensor, Tensor]]:
         """Runs the rows numbered `wanted`, longest first: little padding, and too large a batch fails at once.
 
@@ -231,9 +241,15 @@ class TextEncoder:
                 attended = torch.arange(ids.shape[1]) < lengths[:, None]
                 ids, attended, content = (x.to(self._device) for x in (ids, attended, content))
                 with torch.inference_mode():
-                    hidden = self._model(input_ids=ids, attention_mask=attended.long()).last_hidden_state
+                    hidden = model(input_ids=ids, attention_mask=attended.long()).last_hidden_state
                 yield batch, hidden, attended, content
                 bar.update(len(batch))
+
+
+def _computes_in_bfloat16() -> bool:
+    """Whether the processor does, and not PyTorch in its place, which is slower than what it replaces."""
+    can = torch.cpu.get_capabilities()
+    return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
 
 
 class TextCache:

@@ -87,6 +87,7 @@ class Figures:
     occasions: float
     titles_a_second: float
     milliseconds: float  # for one context text
+    closeness: float  # least cosine of a context's vector as a request has it with that of full precision
 
 
 # ---------------------------------------------------------------------------------------------------------------- titles
@@ -120,6 +121,12 @@ def label_accuracy(vectors: Floats, labels: Sequence[str]) -> float:
     similarity = vectors @ vectors.T
     np.fill_diagonal(similarity, -np.inf)
     return top1_accuracy(similarity, np.array(labels)[:, None] == np.array(labels))
+
+
+def least_cosine(first: Floats, second: Floats) -> float:
+    """Of each row with its like."""
+    lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    return float(((first * second).sum(axis=1) / lengths).min())
 
 
 def nearest(vectors: Floats, items: Ints, count: int) -> Ints:
@@ -213,7 +220,8 @@ def measure(name: str, encoder: TextEncoder, titles: Titles) -> Figures:
     pairs = zip(titles.korean, titles.english, strict=True)
     timed = list(dict.fromkeys(title for pair in pairs for title in pair))[:SPEED_TITLES]
     passes = [milliseconds(partial(encoder.tokens, timed, batch_size=BATCH)) for _ in range(REPEATS)]
-    single = [milliseconds(partial(encoder.pooled, [text])) for _ in range(REPEATS) for text in contexts]
+    single = [milliseconds(partial(encoder.brief, text)) for _ in range(REPEATS) for text in contexts]
+    whole, brief = encoder.pooled(contexts), np.stack([encoder.brief(text) for text in contexts])
     return Figures(
         name,
         encoder.width,
@@ -223,9 +231,10 @@ def measure(name: str, encoder: TextEncoder, titles: Titles) -> Figures:
         },
         neighbours,
         other_language,
-        label_accuracy(encoder.pooled(contexts), list(occasion_of.values())),
+        label_accuracy(brief, list(occasion_of.values())),
         1000 * len(timed) / median(passes),
         median(single),
+        least_cosine(whole - whole.mean(axis=0), brief - whole.mean(axis=0)),
     )
 
 
@@ -262,7 +271,7 @@ def page(measured: Sequence[Figures], by_chance: dict[str, dict[str, float]], ti
     """docs/text_encoders.md. `load`: processes that wanted to run before the benchmark did; times are good near 0 only."""
     retrieved = sorted(measured[0].translations)
     columns = [f"{way} of {among:,}" for among in retrieved for way in ("KO → EN", "EN → KO")]
-    heads = ["encoder", "width", *columns, "occasions", "titles a second", "ms a text"]
+    heads = ["encoder", "width", *columns, "occasions", "titles a second", "ms a text", "closeness"]
     lines = [
         [
             figures.name,
@@ -271,6 +280,7 @@ def page(measured: Sequence[Figures], by_chance: dict[str, dict[str, float]], ti
             f"{figures.occasions:.2f}",
             f"{figures.titles_a_second:.0f}",
             f"{figures.milliseconds:.1f}",
+            f"{figures.closeness:.4f}",
         ]
         for figures in measured
     ]
@@ -310,7 +320,9 @@ def page(measured: Sequence[Figures], by_chance: dict[str, dict[str, float]], ti
   the same occasion. By chance {_chance_of_occasion():.2f}; one text more or less is {1 / texts:.2f}.
 - titles a second: token vectors of {min(SPEED_TITLES, 2 * titles)} titles, half of them Korean, in batches of {BATCH}, without the
   cache; median of {REPEATS} passes.
-- ms a text: one context text at a time, as a request brings it; median of {REPEATS} passes over the {texts} texts.
+- ms a text: one context text at a time, as a request brings it (`TextEncoder.brief`: in bfloat16 where the processor computes in
+  it and the model is a DistilBERT), as occasions are judged; median of {REPEATS} passes over the {texts} texts.
+- closeness: the least cosine of such a vector with that of full precision, the mean of all {texts} taken off both.
 
 ## Neighbours
 

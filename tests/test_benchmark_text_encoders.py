@@ -46,7 +46,7 @@ def at(*degrees: float) -> np.ndarray:
 
 def figures(name: str) -> Figures:
     shares = {language: dict.fromkeys(FIELDS, 0.5) for language in LANGUAGES}
-    return Figures(name, 384, {100: (0.5, 0.4), 1000: (0.3, 0.2)}, shares, 0.1, 0.25, 120.0, 12.5)
+    return Figures(name, 384, {100: (0.5, 0.4), 1000: (0.3, 0.2)}, shares, 0.1, 0.25, 120.0, 12.5, 0.999)
 
 
 # ----------------------------------------------------------------------------------------------------------- translations

@@ -257,6 +257,22 @@ def test_the_environment_names_another_encoder(tiny: Path, tmp_path: Path, monke
     assert not (tmp_path / "data/text_encoder").exists()  # the default one is not made
 
 
+@pytest.mark.parametrize("can", [True, False])
+def test_a_text_that_somebody_waits_for_is_read_as_those_that_are_stored(
+    e5: TextEncoder, data_dir: Path, monkeypatch: pytest.MonkeyPatch, can: bool
+) -> None:
+    monkeypatch.setattr("text_encoder._computes_in_bfloat16", lambda: can)
+    texts = [text for pair in TRANSLATIONS for text in pair]
+    again = TextEncoder.load(Settings(text_encoder=e5.name, data_dir=data_dir))
+    brief, whole = np.stack([again.brief(text) for text in texts]), again.pooled(texts)
+    np.testing.assert_allclose(whole, e5.pooled(texts), atol=1e-6)  # full precision is left as it was
+    apart = brief - whole.mean(axis=0), whole - whole.mean(axis=0)
+    cosines = (apart[0] * apart[1]).sum(axis=1) / np.prod([np.linalg.norm(part, axis=1) for part in apart], axis=0)
+    assert cosines.min() > (0.99 if can else 0.99999)
+    assert bool(abs(brief - whole).max() > 1e-6) is can
+    assert not again.brief(" ").any()
+
+
 def test_width_comes_from_the_config(encoder: TextEncoder, e5: TextEncoder) -> None:
     assert encoder.width == TINY_WIDTH
     assert e5.width == 384
