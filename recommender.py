@@ -268,8 +268,10 @@ class Recommender:
             warnings += _unread(used)
         else:
             sought, scores, placed, used = self._by_rules(loaded, query, request, named, source, past, found, clock)
-            if len(placed) < request.k:
-                warnings.append(f"{len(placed)} of {request.k} places: rules and filters leave no more to show")
+        if len(placed) < request.k and plan.kind != "again":  # few things are bought again
+            warnings.append(
+                f"{len(placed)} of {request.k} places: rules, filters, exclusions and what the shopper met leave no more to show"
+            )
         with clock("explain"):
             chosen = np.array([one.row for one in placed], dtype=np.int64)
             reasons: list[list[Reason]] = [[] for _ in placed]

@@ -276,6 +276,16 @@ def test_filters_and_exclusions_hold(asked):
     assert found[0] not in {item.product_id for item in again.items}
 
 
+def test_a_list_that_is_shorter_than_asked_says_why(asked):
+    store, recommender = asked
+    every = [product.product_id for product in store.products.read_features()]
+    answer = recommender.recommend(Request(exclude=every[3:], k=5, now=NOW))
+    assert {item.product_id for item in answer.items} == set(every[:3])
+    assert answer.warnings == [
+        "3 of 5 places: rules, filters, exclusions and what the shopper met leave no more to show"
+    ]
+
+
 def test_an_event_changes_the_next_answer(asked):
     store, recommender = asked
     before = recommender.recommend(Request("fresh-shopper", k=20, now=NOW))

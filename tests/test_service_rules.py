@@ -151,7 +151,9 @@ def test_a_cap_looks_further_until_the_list_is_full_or_the_shop_is_at_its_end(cl
     categories = {one.std["category"][0] for one in facts.values()}
     answer = recommend(client, k=100, rules=[{"kind": "at_most", "n": 1, "std": "category"}])
     assert Counter(facts[one].std["category"][0] for one in ids(answer)) == Counter(categories)
-    assert answer["warnings"] == [f"{len(categories)} of 100 places: rules and filters leave no more to show"]
+    assert answer["warnings"] == [
+        f"{len(categories)} of 100 places: rules, filters, exclusions and what the shopper met leave no more to show"
+    ]
     groups = {one.group_id or one.product_id for one in facts.values()}
     answer = recommend(client, k=100, rules=[{"kind": "at_most", "n": 1, "group": True}])
     assert len({facts[one].group_id or one for one in ids(answer)}) == len(answer["items"]) == min(100, len(groups))
