@@ -137,7 +137,7 @@ class Recommender:
         self._away_until = 0.0  # of time.monotonic()
         self.lists = list_kinds.ListKinds(store, settings)
         self._catching_up = threading.Lock()
-        self._context = lru_cache(CONTEXT_CACHE)(text_encoder.brief)
+        self._context = lru_cache(CONTEXT_CACHE)(lambda text: text_encoder.brief(text))
 
     def contexts_asked(self) -> tuple[int, int]:
         """Of how many texts of contexts the vector was still known, and of how many it was not."""

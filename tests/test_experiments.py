@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
+from psycopg import sql
 from pydantic import TypeAdapter, ValidationError
 from scipy.stats import chisquare
 
@@ -36,6 +37,7 @@ from recommender import Recommender, Request
 from release import Release
 from settings import Settings
 from store import LONGEST_WAIT, Impression, Store
+from store.vectors import table_of
 from tests.releases import copy_release
 from tests.serving import DEADLINE, FRESH, environment_of, eventually, metric, recommend, serving
 from text_encoder import TextEncoder
@@ -278,30 +280,36 @@ def test_starts_are_versions_and_there_is_one_at_a_time(store):
 
 
 def add_second_release(shop: Settings) -> Release:
-    """A copy of the live release, which is given back, that knows every other product only."""
+    """A copy of the live release, which is given back, in which each product has the vector of another: its lists differ."""
     first = Release.open(shop.models_dir)
+    turn = sql.SQL("""
+        WITH numbered AS (
+            SELECT product_id, vector, row_number() OVER (ORDER BY product_id) AS up,
+                row_number() OVER (ORDER BY product_id DESC) AS down FROM {table}
+        )
+        UPDATE {table} AS rows SET vector = other.vector FROM numbered AS own JOIN numbered AS other ON other.up = own.down
+        WHERE rows.product_id = own.product_id
+    """)
     with Store.open(shop) as store:
-        copy_release(store, first, "second", half(store))
+        copy_release(store, first, "second", [product.product_id for product in store.products.read_features()])
+        with store.pool.connection() as connection:
+            connection.execute(turn.format(table=table_of("second")))
     return first
 
 
 @pytest.fixture(scope="module")
 def shop(new_shop):
-    """A shop with a second release that knows every other product only: its lists tell themselves."""
+    """A shop with a second release, whose lists are others."""
     with new_shop() as settings:
         add_second_release(settings)
         yield settings
-
-
-def half(store: Store) -> list[str]:
-    return [product.product_id for product in store.products.read_features()][::2]
 
 
 def arms_of(shop) -> list[dict]:
     first = Release.current(shop.models_dir)
     return [
         {"name": "control", "release": first, "share": 0.5},
-        {"name": "half", "release": "second", "share": 0.5},
+        {"name": "turned", "release": "second", "share": 0.5},
     ]
 
 
@@ -324,22 +332,26 @@ def report(client, **version) -> dict:
 
 def test_each_arm_answers_from_its_release_and_what_is_clicked_counts_for_it(shop, client, running):
     with Store.open(shop) as store:
-        known_to_second = set(half(store))
+        recommender = Recommender(store, shop, TextEncoder.load(shop))
+        lists = {
+            name: [item.product_id for item in recommender.recommend(Request(k=20, release=name)).items]
+            for name in (Release.current(shop.models_dir), "second")
+        }
+    assert len(set(map(tuple, lists.values()))) == 2
     shoppers = [f"s{number}" for number in range(30)]
-    assert {running.arm_of(shopper).name for shopper in shoppers} == {"control", "half"}
+    assert {running.arm_of(shopper).name for shopper in shoppers} == {"control", "turned"}
     version = client.get("/experiments").json()[0]["version"]
     for number, shopper in enumerate(shoppers):
         answer = recommend(client, user_id=shopper, k=20)
         arm = running.arm_of(shopper)
-        found = {item["product_id"] for item in answer["items"]}
+        assert [item["product_id"] for item in answer["items"]] == lists[arm.release]
         assert (answer["experiment"], answer["arm"], answer["release"]) == ("split", arm.name, arm.release)
-        assert (found <= known_to_second) == (arm.name == "half")
-        if arm.name == "half":  # by the list that they name, and by what was shown
+        if arm.name == "turned":  # by the list that they name, and by what was shown
             event = {"user_id": shopper, "product_id": answer["items"][0]["product_id"], "kind": "click"}
             event |= {"list_id": answer["list_id"]} if number % 2 else {}
             event["at"] = datetime.now(UTC).isoformat()
             assert client.post("/events", json=event).json()["stored"] == 1
-    count = sum(running.arm_of(shopper).name == "half" for shopper in shoppers)
+    count = sum(running.arm_of(shopper).name == "turned" for shopper in shoppers)
     somebody = running.arm_of("somebody").name  # asked while the experiment started
 
     def counted() -> bool:
@@ -347,8 +359,8 @@ def test_each_arm_answers_from_its_release_and_what_is_clicked_counts_for_it(sho
 
     eventually(counted)
     control, other = report(client)["report"]
-    assert other["shoppers"] == count + (somebody == "half")
-    expected = count / (count + (somebody == "half"))
+    assert other["shoppers"] == count + (somebody == "turned")
+    expected = count / (count + (somebody == "turned"))
     assert other["per_shopper"]["click"]["value"] == pytest.approx(expected)
     assert control["per_shopper"]["click"]["value"] == 0.0
     click = next(one for one in report(client)["differences"] if (one["outcome"], one["per"]) == ("click", "shopper"))
@@ -356,7 +368,7 @@ def test_each_arm_answers_from_its_release_and_what_is_clicked_counts_for_it(sho
     assert click["low"] <= click["difference"] <= click["high"]
     assert not report(client)["sample_ratio"]["broken"]
     assert "fewer than 100 shoppers" in report(client)["warnings"][0]
-    assert metric(client, 'styletower_exposures_total{arm="half",experiment="split"}') >= count
+    assert metric(client, 'styletower_exposures_total{arm="turned",experiment="split"}') >= count
     assert metric(client, 'styletower_impressions_total{outcome="written"}') >= len(shoppers)
 
 
@@ -384,7 +396,7 @@ def test_a_product_put_while_it_runs_is_found_by_both_arms(client, running):
         answer = recommend(client, user_id=f"s{number}", filters={"min_price": 6e7})
         assert [item["product_id"] for item in answer["items"]] == ["in-both"]
         arms.add(answer["arm"])
-    assert arms == {"control", "half"}
+    assert arms == {"control", "turned"}
 
 
 def test_a_page_says_what_was_seen(shop, client):
@@ -496,7 +508,7 @@ def test_an_arm_whose_release_is_lost_is_answered_by_the_live_one_and_not_counte
             assert len(answer["items"]) == 4
             assert (answer["release"], answer["experiment"], answer["degraded"]) == (first.name, None, False)
             assert "'second' cannot be used" in answer["warnings"][0]
-            assert metric(client, 'styletower_missed_exposures_total{arm="half",experiment="split"}') == 1
+            assert metric(client, 'styletower_missed_exposures_total{arm="turned",experiment="split"}') == 1
 
 
 def test_two_workers_agree_and_write_every_list_before_they_end(shop):
