@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -443,6 +443,8 @@ def doubts(shop: ShopData, scaler: ProfileScaler) -> list[str]:
 
 
 def main(options: UserOptions) -> None:
+    # Joins the processes; alone, it does nothing. A PartialState made before it would take each process on a CPU for the only one.
+    Accelerator()
     release = Release.open(options.models_dir, options.release)
     encoder = ItemEncoder(release, TextEncoder.load(options))
     windows = [(days, 0.0) for days in options.popularity_days]

@@ -34,3 +34,6 @@ def copy_release(store: Store, of: Release, to: str, ids: Sequence[str]) -> None
     copy = sql.SQL("INSERT INTO {} SELECT * FROM {} WHERE product_id = ANY(%s::text[])")
     with store.pool.connection() as connection:
         connection.execute(copy.format(table_of(to), table_of(of.name)), (list(ids),))
+    store.releases.record(to, of.manifest)
+    if words := store.releases.words(of.name):  # rows may hold their ids
+        store.releases.add_words(to, list(words), first_id=min(words.values()))

@@ -276,9 +276,6 @@ def twin(shop: Settings, name: str, rows: int | None = None) -> Release:
     with Store.open(shop) as store:
         ids = [product.product_id for product in store.products.read_features()]
         copy_release(store, first, name, ids[:rows])
-        store.releases.record(name, first.manifest)
-        if words := store.releases.words(first.name):  # rows may hold their ids
-            store.releases.add_words(name, list(words), first_id=min(words.values()))
     return Release(shop.models_dir / name)
 
 
