@@ -89,6 +89,12 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, (str, int, float)) and not isinstance(value, bool) else value
 
 
+def _no_flag(value: Any) -> Any:
+    if isinstance(value, bool):  # pydantic would take true for 1
+        raise ValueError("is true or false, and not a number")
+    return value
+
+
 def _as_text(value: Any) -> Any:
     """Numbers are welcome where text is meant (a year, a size); True and None are not."""
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
@@ -113,8 +119,8 @@ Values = Annotated[
     BeforeValidator(_as_list, json_schema_input_type=Value | Annotated[list[Value], Field(max_length=MAX_VALUES)]),
 ]
 Moment = Annotated[datetime, AfterValidator(_utc)]
-Number = Annotated[float, AfterValidator(_finite)]
-Price = Annotated[float, Field(ge=0), AfterValidator(_finite)]
+Number = Annotated[float, BeforeValidator(_no_flag), AfterValidator(_finite)]
+Price = Annotated[float, Field(ge=0), BeforeValidator(_no_flag), AfterValidator(_finite)]
 # What a list may be; here, because the client of the API knows it without any model.
 ListKind = Literal["for_you", "similar", "basket", "because", "trending", "again"]
 Profile = dict[Identifier, Number]  # height_cm, weight_kg and any other numbers a shop has

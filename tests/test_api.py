@@ -57,6 +57,8 @@ def test_recommend_without_a_release_is_a_clear_503(service):
         ({"k": 101}, "k"),
         ({"user_id": "a\x00b"}, "user_id"),
         ({"profile": {"height_cm": "tall"}}, "height_cm"),
+        ({"profile": {"height_cm": True}}, "height_cm"),
+        ({"filters": {"max_price": True}}, "max_price"),
         ({"surprise": 1}, "surprise"),
         ({"filters": {"min_price": -1}}, "min_price"),
     ],
