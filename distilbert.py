@@ -80,13 +80,12 @@ class DistilBert(nn.Module):
         mask = None
         if attention_mask is not None and not attention_mask.all():
             mask = attention_mask.bool()[:, None, None, :]  # (B, heads, queries, keys)
-        return Output(self.transformer(hidden.to(self.transformer.dtype), mask).float())
+        return Output(self.transformer(hidden.to(next(self.transformer.parameters()).dtype), mask).float())
 
     def in_bfloat16(self) -> DistilBert:
         """The same function within a thousandth, by layers that compute in bfloat16; the embeddings are shared with this one."""
         brief = copy.copy(self)
         brief._modules = {**self._modules, "transformer": copy.deepcopy(self.transformer).to(torch.bfloat16)}
-        brief.transformer.dtype = torch.bfloat16
         return brief
 
 
@@ -94,7 +93,6 @@ class _Transformer(nn.Module):
     def __init__(self, config: SimpleNamespace) -> None:
         super().__init__()
         self.layer = nn.ModuleList(_Layer(config) for _ in range(config.n_layers))
-        self.dtype = torch.float32
 
     def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         for layer in self.layer:

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 import scipy.sparse
 
-from tensors import Histories, ranges
+from tensors import Histories, from_behind, ranges
 
 # Links kept of an item, the strongest. A history of thirty items reaches well over a thousand others through them.
 MOST_LINKS = 50
@@ -138,8 +138,7 @@ def _latest(user: np.ndarray, item: np.ndarray, items: int) -> tuple[np.ndarray,
     user, item = user[last], item[last]
     order = np.argsort(user, kind="stable")
     user, item = user[order], item[order]
-    from_behind = np.searchsorted(user, user, side="right") - np.arange(len(user))
-    kept = from_behind <= MOST_OF_A_SHOPPER
+    kept = from_behind(user) <= MOST_OF_A_SHOPPER
     return user[kept], item[kept]
 
 

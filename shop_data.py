@@ -28,6 +28,7 @@ from tensors import (
     Popularity,
     ProfileScaler,
     UserBatch,
+    from_behind,
     log_age,
 )
 from training import TrainOptions
@@ -126,8 +127,7 @@ class ShopData:
         histories = self.histories
         inside = (histories.at >= max(start, histories.at.min(initial=np.inf) + WARM_UP)) & (histories.at < end)
         rows = np.flatnonzero(inside & histories.first_meeting)
-        user = histories.user[rows]  # they stand by shopper, in order of time
-        return rows[np.searchsorted(user, user, side="right") - np.arange(len(rows)) <= MOST_TARGETS]
+        return rows[from_behind(histories.user[rows]) <= MOST_TARGETS]  # they stand by shopper, in order of time
 
     def popularity_as_of(self, moment: float) -> Tensor:
         """Popularity coordinates of the whole catalogue: float32 [N, P]."""

@@ -265,13 +265,12 @@ def _typed_right(values: np.ndarray) -> np.ndarray:
 def _repeats(act: np.ndarray, at: np.ndarray) -> np.ndarray:
     """How many earlier rows are of the same act on the same day: int64 [E]. `act` is a number for each; rows of one stand in order
     of time, epoch seconds."""
-    day = at // DAY
-    order = np.lexsort((day, act))  # stable
-    new = np.ones(len(order), dtype=bool)
-    new[1:] = (np.diff(act[order]) != 0) | (np.diff(day[order]) != 0)
-    place = np.arange(len(order))
+    day = (at // DAY).astype(np.int64)
+    act_of_day = act * (day.max(initial=0) + 1) + day
+    order = np.argsort(act_of_day, kind="stable")
+    of_order = act_of_day[order]
     count = np.empty(len(order), dtype=np.int64)
-    count[order] = place - np.maximum.accumulate(np.where(new, place, 0))
+    count[order] = np.arange(len(order)) - np.searchsorted(of_order, of_order)
     return count
 
 
@@ -339,6 +338,11 @@ class Popularity:
 def ranges(start: np.ndarray, count: np.ndarray) -> np.ndarray:
     """The `count` [n] numbers from each of `start` [n] on, one range after the other: int64 [sum of counts]."""
     return np.arange(count.sum()) + np.repeat(start - np.cumsum(count) + count, count)
+
+
+def from_behind(numbers: np.ndarray) -> np.ndarray:
+    """Of each of `numbers` [n], which are in order, how many equal ones there are from it to the end, itself one: int64 [n]."""
+    return np.searchsorted(numbers, numbers, side="right") - np.arange(len(numbers))
 
 
 # ----------------------------------------------------------------------------------------------------------- histories

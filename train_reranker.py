@@ -31,7 +31,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
 from pydantic import Field
 from scipy.special import softmax
 from torch import Tensor, nn
@@ -56,7 +55,7 @@ from tensors import (
 )
 from text_encoder import TextEncoder
 from train_user import Retrieved, UserOptions, item_keys, learn_on, retrieve
-from training import FitReport, TrainOptions, check_checkpoint, finish, fit, shuffled_batches
+from training import FitReport, TrainOptions, check_checkpoint, finish, fit, is_main_process, shuffled_batches
 
 STAGE = "reranker"
 NDCG_AT = 12
@@ -376,8 +375,6 @@ def impressions_to_use(store: Store, release: Release, options: RerankerOptions)
 
 
 def main(options: RerankerOptions) -> None:
-    # Joins the processes; alone, it does nothing. A PartialState made before it would take each process on a CPU for the only one.
-    Accelerator()
     release = Release.open(options.models_dir, options.release)
     encoder = ItemEncoder(release, TextEncoder.load(options))
     if "user_tower" not in release.manifest:
@@ -386,7 +383,7 @@ def main(options: RerankerOptions) -> None:
     with Store.open(options) as store:
         shop = ShopData.of_release(store, encoder, release)
         shown, why = impressions_to_use(store, release, options)
-    if PartialState().is_main_process:
+    if is_main_process():
         print(why)
     shop = with_contexts(shop, [one.context for one in shown], encoder.text_encoder)
     features, prices = replay(shop, release, options, shown)
@@ -416,7 +413,7 @@ def main(options: RerankerOptions) -> None:
         )  # fmt: skip
 
     if features is None:
-        if PartialState().is_main_process:
+        if is_main_process():
             write(new_model(0.0), replace(config, trust=0.0, stranger_trust=0.0), 0, 0)
             lacking = (
                 f"fewer than {LEAST_LISTS} lists of the held-out days hold what the shopper took; import more events, or raise "
@@ -427,7 +424,7 @@ def main(options: RerankerOptions) -> None:
             print(f"release {release.name}: {RERANKER} learned nothing, and lists keep retrieval's order: {lacking}")
         return
     lists = features.lists
-    if shown and PartialState().is_main_process:
+    if shown and is_main_process():
         print(f"impressions: {lists.shown.sum()} of them hold something seen and not taken that is still sold")
     metric = f"ndcg@{NDCG_AT}" + (" with impressions" if with_places else "")  # not to be compared with one without
 
@@ -486,7 +483,7 @@ def main(options: RerankerOptions) -> None:
             model, batches(np.arange(len(lists))), loss, lambda model: {"epochs": 0.0}, "epochs", again, release.folder,
             f"{STAGE}_refit", keep_best=False,
         )  # fmt: skip
-    if not PartialState().is_main_process:
+    if not is_main_process():
         return  # one process writes the release
     write(model, config, len(lists), int(lists.shown.sum()), report=report)
     for stage in (STAGE, f"{STAGE}_refit"):

@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from pydantic import Field
 from pytorch_metric_learning.losses import SupConLoss
@@ -35,7 +35,7 @@ from shop_data import HoldOutOptions, validation_start
 from store import Store
 from tensors import Histories, ItemFeatures, ItemLayout
 from text_encoder import TextEncoder
-from training import finish, fit, shuffled_batches
+from training import finish, fit, is_main_process, shuffled_batches
 from vocab import FIRST_WORD, ReVocab, StdVocab
 
 STAGE = "simcse"
@@ -220,7 +220,7 @@ def main(options: SimcseOptions) -> None:
         release.folder,
         STAGE,
     )
-    if not PartialState().is_main_process:
+    if not is_main_process():
         return  # one process writes the release
     release.save_weights(ENCODER, tower)
     release.record(

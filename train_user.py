@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,7 +36,7 @@ from shop_data import HoldOutOptions, Requests, ShopData, validation_start
 from store import Store
 from tensors import DAY, PROFILE_CLIP, HistoryIndex, ProfileScaler, UserBatch
 from text_encoder import TextEncoder
-from training import FitReport, finish, fit
+from training import FitReport, finish, fit, is_main_process
 
 STAGE = "user"
 RETRIEVED = 100
@@ -443,8 +442,6 @@ def doubts(shop: ShopData, scaler: ProfileScaler) -> list[str]:
 
 
 def main(options: UserOptions) -> None:
-    # Joins the processes; alone, it does nothing. A PartialState made before it would take each process on a CPU for the only one.
-    Accelerator()
     release = Release.open(options.models_dir, options.release)
     encoder = ItemEncoder(release, TextEncoder.load(options))
     windows = [(days, 0.0) for days in options.popularity_days]
@@ -477,12 +474,12 @@ def main(options: UserOptions) -> None:
         )  # fmt: skip
 
     profiles = scaler.transform(shop.profiles)
-    if PartialState().is_main_process:
+    if is_main_process():
         for doubt in doubts(shop, scaler):
             print(f"{WARNING}{doubt}")
     held_out = shop.requests(split, shop.now, split)
     if lacking := lacking_to_learn(shop, options, split, held_out):
-        if PartialState().is_main_process:
+        if is_main_process():
             tower = UserTower.untaught(config)
             for name in (USER_TOWER_HOLDOUT, USER_TOWER):
                 release.save_weights(name, tower)
@@ -516,7 +513,7 @@ def main(options: UserOptions) -> None:
         parameters=parameter_groups, state=softmax,
     )  # fmt: skip
     trusted = trusted_config(tower, shop, links, held_out, profiles, options.history, RETRIEVED)
-    if PartialState().is_main_process:
+    if is_main_process():
         print(
             f"the held-out days bear out {trusted.history_trust:.1%} of what a history says in training, and "
             f"{trusted.link_trust:.1%} of what links from item to item do"
@@ -528,7 +525,7 @@ def main(options: UserOptions) -> None:
         tower = new_tower()
         again = options.model_copy(update={"epochs": max(1, report.best_epoch)})
         learn(tower, shop, again, profiles, shop.now, release.folder, f"{STAGE}_refit")
-    if not PartialState().is_main_process:
+    if not is_main_process():
         return  # one process writes the release
     release.save_weights(USER_TOWER, tower)
     record(trusted, split, report=report)

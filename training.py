@@ -197,6 +197,12 @@ def fit(
     )
 
 
+def is_main_process() -> bool:
+    """Whether this is the one process that writes and speaks. Joins those that train together; alone, that does nothing.
+    Accelerate's PartialState, asked before an Accelerator was made, would take each process on a CPU for the only one."""
+    return bool(Accelerator().is_main_process)
+
+
 def check_checkpoint(options: TrainOptions, folder: Path, name: str) -> None:
     """For who has long work to do before `fit`: raises UserError, as that would, for a checkpoint that it cannot continue."""
     if not options.fresh:

@@ -170,9 +170,8 @@ class Service:
         the live release alone."""
         threading.Thread(target=self._catch_up, args=(after,), name="catch-up", daemon=True).start()
 
-    def _catch_up(self, after: float) -> None:
+    def _catch_up(self, seconds: float) -> None:
         assert self.recommender is not None
-        seconds = after
         while not self.closing.wait(seconds):
             try:
                 if made := self.recommender.catch_up(self.answering_releases()):

@@ -648,11 +648,15 @@ def test_a_request_is_answered_by_the_release_it_names_and_few_stay_in_memory(sh
         known = {"second": set(of_second), "third": set(of_second[::2])}
         copy_release(store, Release.open(shop.models_dir, "second"), "third", of_second[::2])
         recommender = Recommender(store, shop, TextEncoder.load(shop))
+        lists = [[item.product_id for item in recommender.recommend(Request(k=20)).items]]
         for name in ("second", "third", "second"):
             answer = recommender.recommend(Request(k=20, release=name))
             assert (answer.release, answer.warnings) == (name, [])
             assert {item.product_id for item in answer.items} <= known[name]
+            lists.append([item.product_id for item in answer.items])
             assert list(recommender.releases._others) == [name]
+        assert lists[1] == lists[3]
+        assert len(set(map(tuple, lists))) == 3
         for name in (None, live):
             assert recommender.recommend(Request(k=20, release=name)).release == live
         weights = shop.models_dir / "third" / "user_tower.pth"

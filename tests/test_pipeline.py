@@ -395,6 +395,49 @@ def test_workers_that_catch_up_at_once_make_each_vector_once(new_shop, monkeypat
         assert outdated(name) == []
 
 
+def test_of_one_worker_one_thread_catches_up_at_a_time(new_shop, monkeypatch):
+    """However often a promotion is asked for: each would hold a connection, and requests would find none."""
+
+    class Turn:
+        """A lock that says when somebody comes to it."""
+
+        def __init__(self) -> None:
+            self.came, self._lock = threading.Semaphore(0), threading.Lock()
+
+        def __enter__(self) -> None:
+            self.came.release()
+            self._lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            self._lock.release()
+
+    with new_shop() as shop, Store.open(shop) as store, ThreadPoolExecutor(1) as thread:
+        recommender, turn = Recommender(store, shop, TextEncoder.load(shop)), Turn()
+        gone = [product.product_id for product in store.products.read_features()][:3]
+        with store.pool.connection() as connection:
+            vectors.delete(connection, gone)
+        made, outdated = recommender._rows, store.vectors.outdated
+        looks, others = [], []
+
+        def looked(release):
+            looks.append(outdated(release))
+            return looks[-1]
+
+        def rows(loaded, products):
+            assert turn.came.acquire(timeout=60)  # its own
+            others.append(thread.submit(recommender.catch_up))
+            assert turn.came.acquire(timeout=60)  # the other one is there,
+            assert looks == [gone]  # and does not look for itself
+            return made(loaded, products)
+
+        monkeypatch.setattr(recommender, "_catching_up", turn)
+        monkeypatch.setattr(store.vectors, "outdated", looked)
+        monkeypatch.setattr(recommender, "_rows", rows)
+        assert recommender.catch_up() == 3
+        assert [other.result(timeout=60) for other in others] == [0]
+        assert looks == [gone, []]
+
+
 def test_a_put_that_ends_after_another_release_went_live_is_in_that_one_too(new_shop, monkeypatch):
     with new_shop() as shop, Store.open(shop) as store:
         first = Release.open(shop.models_dir)

@@ -232,15 +232,18 @@ def test_any_text_and_number_arrives_as_it_was(store, rows, price):
 
 
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(at=st.datetimes(datetime(1990, 1, 1), datetime(2026, 6, 30), timezones=st.just(UTC)))
-def test_times_arrive_to_the_microsecond(store, at):
+@given(
+    arrived_at=st.datetimes(datetime(1990, 1, 1), datetime(2099, 12, 31), timezones=st.just(UTC)),
+    at=st.datetimes(datetime(1990, 1, 1), datetime(2026, 6, 30), timezones=st.just(UTC)),
+)
+def test_times_arrive_to_the_microsecond(store, arrived_at, at):
     with store.pool.connection() as connection:
         connection.execute("TRUNCATE products, events")
     run(
         store,
-        products=[product("p", arrived_at=at)],
+        products=[product("p", arrived_at=arrived_at)],
         events=[Event(user_id="u", product_id="p", at=at)],
     )
-    assert store.products.get("p").raw.arrived_at == at
+    assert store.products.get("p").raw.arrived_at == arrived_at
     with store.pool.connection() as connection:
         assert connection.execute("SELECT at FROM events").fetchall() == [(at,)]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 
 import numpy as np
+import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
@@ -16,6 +18,7 @@ from catalog import Event, Product, RawProduct, User
 from settings import Settings
 from store import Filters, History, ItemRows, Store, UserState, vectors
 from store.products import put_features
+from tests.serving import eventually
 
 RELEASE = "20260101-120000"
 N, D = 600, 8
@@ -226,6 +229,23 @@ def test_a_vector_is_outdated_until_it_is_made_of_the_features_as_they_are(shop)
     shop.products.put([RawProduct(product_id=IDS[3], title="t", price=1e6)])  # no feature
     shop.vectors.upsert(RELEASE, rows([3]))
     assert shop.vectors.outdated(RELEASE) == []
+
+
+def test_the_look_for_what_is_outdated_may_take_longer_than_other_statements(settings):
+    with (
+        Store.open(settings, statement_seconds=2.0) as store,
+        ThreadPoolExecutor(1) as thread,
+        psycopg.connect(settings.database_url) as held,
+        psycopg.connect(settings.database_url, autocommit=True) as watching,
+    ):
+        store.vectors.create(RELEASE, D)
+        held.execute("LOCK products")
+        look = thread.submit(store.vectors.outdated, RELEASE)
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND now() - query_start > '3 s'"
+        waiting += " AND datname = current_database()"
+        eventually(lambda: watching.execute(waiting).fetchone() == (1,))
+        held.rollback()
+        assert look.result(timeout=60) == []
 
 
 def test_a_build_begins_empty_whatever_a_crashed_one_left(shop):
