@@ -8,7 +8,7 @@ field takes the words that the model copies from the text onto its line.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from catalog import FeatureSchema, RawProduct
 from embedded_llm import EmbeddedServer, find, model_name
@@ -72,9 +72,8 @@ class EmbeddedReader(ModelReader):
         # The template's own marks, typed into a text, are text.
         return "\n".join(lines).replace("<|", "< |")
 
-    def _ask_all(self, due: Mapping[str, Question], schema: FeatureSchema) -> Iterator[tuple[str, Answer]]:
-        for key, question in due.items():
-            yield key, self._ask(question, schema)
+    def _ask_all(self, due: Mapping[str, Question], schema: FeatureSchema) -> dict[str, Answer]:
+        return {key: self._answer(key, question, schema) for key, question in due.items()}
 
     def _ask(self, question: Question, schema: FeatureSchema) -> Answer:
         """{"closed": {field: {value: log-likelihood}}, "open": {field: [line, log-likelihood]}}."""

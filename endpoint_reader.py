@@ -10,8 +10,8 @@ import json
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Annotated, Any
 
 import openai
@@ -83,24 +83,15 @@ class EndpointReader(ModelReader):
         shown = json.dumps(product, ensure_ascii=False).replace("<", "\\u003c")
         return f"Fields: {json.dumps(names, ensure_ascii=False)}\n<product>{shown}</product>"
 
-    def _ask_all(self, due: Mapping[str, Question], schema: FeatureSchema) -> Iterator[tuple[str, Answer]]:
+    def _ask_all(self, due: Mapping[str, Question], schema: FeatureSchema) -> dict[str, Answer]:
         with ThreadPoolExecutor(self.settings.extract_concurrency, thread_name_prefix="extract") as pool:
-            asked = {pool.submit(self._ask, question, schema): key for key, question in due.items()}
-            failed: BaseException | None = None
+            asked = {key: pool.submit(self._answer, key, question, schema) for key, question in due.items()}
             try:
-                for future in as_completed(asked):
-                    error = None if future.cancelled() else future.exception()
-                    if error is not None and failed is None:
-                        failed = error
-                        for other in asked:
-                            other.cancel()  # what is on its way may still be answered, and is kept
-                    elif error is None and not future.cancelled():
-                        yield asked[future], future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-            if failed is not None:
-                raise failed
+                wait(asked.values(), return_when=FIRST_EXCEPTION)
+            finally:
+                pool.shutdown(cancel_futures=True)  # what is on its way may still be answered, and is kept
+        # In the order they were asked: the one that failed comes before those that were given up because of it.
+        return {key: future.result() for key, future in asked.items()}
 
     def _ask(self, question: Question, schema: FeatureSchema) -> Answer:
         """{"values": {field: [[value, confidence]]}}, or {"error", "answer"} when the answer fails the check twice."""

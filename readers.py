@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -230,10 +230,7 @@ class ModelReader:
             for key, question in zip(keys, questions, strict=True)
             if question.names and key not in answers
         }
-        for key, answer in self._ask_all(due, schema):
-            # At once: an answer costs seconds or money, a row costs neither.
-            self._cache.put_many(CACHE_KIND, {key: answer})
-            answers[key] = answer
+        answers |= self._ask_all(due, schema)
         for question, key, reading in zip(questions, keys, readings, strict=True):
             if question.names:
                 self._take(question, answers[key], reading, schema)
@@ -384,8 +381,17 @@ class ModelReader:
     def _product_prompt(self, question: Question) -> str:
         raise NotImplementedError
 
-    def _ask_all(self, due: Mapping[str, Question], schema: FeatureSchema) -> Iterator[tuple[str, Answer]]:
-        """Answers as they come, with their cache keys. Raises UserError when the model cannot be asked."""
+    def _answer(self, key: str, question: Question, schema: FeatureSchema) -> Answer:
+        """Asks, and keeps the answer before its thread asks anything else: an answer costs seconds or money, a row neither."""
+        answer = self._ask(question, schema)
+        self._cache.put_many(CACHE_KIND, {key: answer})
+        return answer
+
+    def _ask(self, question: Question, schema: FeatureSchema) -> Answer:
+        raise NotImplementedError
+
+    def _ask_all(self, due: Mapping[str, Question], schema: FeatureSchema) -> dict[str, Answer]:
+        """`_answer` of each, by cache key. Raises UserError when the model cannot be asked; what it answered is kept."""
         raise NotImplementedError
 
     def _understand(self, question: Question, answer: Answer, schema: FeatureSchema) -> dict[str, list[Evidence]]:

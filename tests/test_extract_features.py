@@ -386,10 +386,12 @@ class Endpoint:
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 endpoint.requests.append(json.loads(body))
+                # Before it is said to be here: a test may then open the gate to those that come later.
+                gate = endpoint.gate
                 endpoint.arrived.release()
                 answer: dict[str, Any]
-                if endpoint.gate is not None:
-                    endpoint.gate.wait(20)
+                if gate is not None:
+                    gate.wait(20)
                 reply = endpoint.replies.pop(0) if endpoint.replies else 418
                 if isinstance(reply, int):
                     status, answer = reply, {"error": {"message": f"scripted {reply}"}}
