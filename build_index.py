@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ CHECKED_QUERIES = 200  # others
 CHECKED_AT = 100
 CHECKED_NEW = 10  # of what nobody met, as many as a list looks for
 COPY_BATCH = 10_000
-SEARCH_WIDTHS = (100, 200, 400, 800)  # hnsw.ef_search: twice as wide costs about 1.6 times as much
+SEARCH_WIDTHS = (100, 140, 200, 280, 400, 560, 800)  # hnsw.ef_search: twice as wide costs about 1.6 times as much
 
 
 class IndexOptions(Settings):
@@ -188,29 +188,45 @@ class IndexedTable:
 
     def recall(self, ef_search: int) -> float:
         """The share of the exact best items that the index finds, over the queries, in searches of that width."""
-        return self._recall(self.rows, self.ids, CHECKED_AT, ef_search, new=False)
+        return self._recall(self._best, ef_search, new=False)
 
     def new_recall(self, ef_search: int) -> float:
         """The same of the best that nobody met; 1.0 where there are none."""
-        unmet = np.flatnonzero(self.space.unmet(self.rows))
-        ids = [self.ids[row] for row in unmet.tolist()]
-        return self._recall(self.rows[unmet], ids, CHECKED_NEW, ef_search, new=True)
+        return self._recall(self._best_new, ef_search, new=True)
 
-    def _recall(self, rows: np.ndarray, ids: list[str], count: int, ef_search: int, new: bool) -> float:
-        count = min(count, len(ids))
+    # These are made once for all widths: over a million rows exact search takes longer than the searches.
+    @cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {product_id: row for row, product_id in enumerate(self.ids)}
+
+    @cached_property
+    def _best(self) -> tuple[int, list[float]]:
+        return _exact_best(self.rows, self.queries, CHECKED_AT)
+
+    @cached_property
+    def _best_new(self) -> tuple[int, list[float]]:
+        return _exact_best(self.rows[self.space.unmet(self.rows)], self.queries, CHECKED_NEW)
+
+    def _recall(self, best: tuple[int, list[float]], ef_search: int, new: bool) -> float:
+        count, least = best
         if not count:
             return 1.0
-        row_of = {product_id: row for row, product_id in enumerate(ids)}
         found = 0
-        for query in self.queries:
-            scores = rows @ query
-            threshold = np.partition(scores, -count)[-count] - 1e-4  # items tied with the last one are as good
+        for query, score in zip(self.queries, least, strict=True):
             answer = self.store.vectors.search(
                 self.name, query, 0 if new else count, ef_search=ef_search, placed=self.space.query(query),
                 new=count if new else 0,
             )  # fmt: skip
-            found += sum(bool(scores[row_of[product_id]] >= threshold) for product_id in answer.product_ids)
+            scores = self.rows[[self._row_of[product_id] for product_id in answer.product_ids]] @ query
+            found += int((scores >= score).sum())
         return found / (count * len(self.queries))
+
+
+def _exact_best(rows: np.ndarray, queries: np.ndarray, count: int) -> tuple[int, list[float]]:
+    """How many the best `count` of the rows [N, D] are, and for each query [M, D] the least score of one of them."""
+    count = min(count, len(rows))
+    # Items tied with the last one are as good.
+    return count, [float(np.partition(rows @ query, -count)[-count]) - 1e-4 for query in queries] if count else []
 
 
 def search_width(table: IndexedTable, options: IndexOptions) -> tuple[int, float]:
