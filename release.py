@@ -297,7 +297,8 @@ class Release:
         if saved["fingerprint"] != encoder.fingerprint:
             raise UserError(
                 f"release {self.name} was trained with text encoder {saved['name']!r} ({saved['fingerprint'][:12]}), but "
-                f"{encoder.name!r} ({encoder.fingerprint[:12]}) is configured; set TEXT_ENCODER back or train anew"
+                f"{encoder.name!r} ({encoder.fingerprint[:12]}) is configured; set TEXT_ENCODER (or TEXT_ENCODER_LAYERS) back, "
+                "or train anew"
             )
 
     def record(self, part: str, **values: Any) -> None:

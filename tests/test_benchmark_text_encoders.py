@@ -167,7 +167,7 @@ def test_the_command_writes_the_page_with_the_encoder_that_was_asked_for(
 ) -> None:
     """Tiny encoders stand in for the two prepared ones: their weights are not what is tested."""
     tiny = [tiny_text_encoder(tmp_path / name, seed) for seed, name in enumerate(["all", "six", "my-encoder"])]
-    monkeypatch.setattr(text_encoders, "prepare", lambda _, layers: tiny[0] if len(layers) == 12 else tiny[1])
+    monkeypatch.setattr(text_encoders, "prepare", lambda _, layers: tiny[0] if layers == 12 else tiny[1])
     monkeypatch.setattr(text_encoders, "minilm_folder", lambda: None)
     monkeypatch.setattr(text_encoders, "PAGE", tmp_path / "page.md")
     options = BenchmarkOptions(text_encoder=str(tiny[2]), titles=100, data_dir=tmp_path, write=False)

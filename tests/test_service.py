@@ -214,7 +214,7 @@ def test_a_release_of_another_text_encoder_is_not_served_and_the_reason_is_said(
         for answer in (client.get("/ready"), client.post("/recommend", json={})):
             assert answer.status_code == 503
             assert f"trained with text encoder '{shop.text_encoder}'" in answer.text
-            assert "set TEXT_ENCODER back" in answer.text
+            assert "set TEXT_ENCODER (or TEXT_ENCODER_LAYERS) back" in answer.text
 
 
 # --- when things die --------------------------------------------------------------------------------------------------

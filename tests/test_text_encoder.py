@@ -22,7 +22,7 @@ import distilbert
 import text_encoder
 from settings import Settings, UserError
 from tests.tiny import TINY_WIDTH, tiny_text_encoder
-from text_encoder import ALL_LAYERS, PackedE5, Ragged, TextCache, TextEncoder, prepare, to_tokenizer
+from text_encoder import PackedE5, Ragged, TextCache, TextEncoder, prepare, to_tokenizer
 
 TRANSLATIONS = [
     ("가죽 앵클 부츠", "Leather ankle boots"),
@@ -75,7 +75,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def e5(data_dir: Path) -> TextEncoder:
     """The real weights, all layers."""
-    return TextEncoder.load(Settings(text_encoder=str(prepare(data_dir, ALL_LAYERS)), data_dir=data_dir))
+    return TextEncoder.load(Settings(text_encoder="", text_encoder_layers=12, data_dir=data_dir))
 
 
 class Forwards:
@@ -216,6 +216,7 @@ def test_prepared_folder_is_the_default_and_is_made_once_and_whole(
     folder = Path(six.name)
     assert six._model.config.model_type == "distilbert"
     assert six._model.config.n_layers == 6
+    assert e5._model.config.n_layers == 12
     assert six.fingerprint != e5.fingerprint
     assert "MIT" in (folder / "README.md").read_text(encoding="utf-8")
     assert not list(folder.parent.glob("*.partial"))
