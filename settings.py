@@ -13,7 +13,7 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn, TypeVar
+from typing import Annotated, NoReturn, TypeVar
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsConfigDict, SettingsError
@@ -50,8 +50,12 @@ class Settings(BaseSettings):
     text_encoder: str = Field(
         "", description="HuggingFace name or path; empty is the multilingual DistilBERT prepared from a package"
     )
-    text_encoder_layers: Literal[6, 12] = Field(
-        6, description="of the prepared one: all 12 know Korean better, and are half as fast (docs/text_encoders.md)"
+    text_encoder_layers: int = Field(
+        6,
+        ge=6,
+        le=12,
+        multiple_of=6,
+        description="of the prepared one, 6 or 12: all know Korean better, and are half as fast (docs/text_encoders.md)",
     )
     list_category_field: str = Field(
         "category",

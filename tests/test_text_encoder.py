@@ -75,7 +75,9 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def e5(data_dir: Path) -> TextEncoder:
     """The real weights, all layers."""
-    return TextEncoder.load(Settings(text_encoder="", text_encoder_layers=12, data_dir=data_dir))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("TEXT_ENCODER_LAYERS", "12")
+        return TextEncoder.load(Settings(text_encoder="", data_dir=data_dir))
 
 
 class Forwards:
