@@ -120,7 +120,7 @@ class TextEncoder:
         A name that was downloaded before is taken as it is on disk, without asking the network for a newer one.
         Raises UserError when the model cannot be had.
         """
-        name = settings.text_encoder or str(prepare(settings.data_dir, settings.text_encoder_layers))
+        name = chosen(settings)
         try:
             model, tokenizer = _load(name, local_files_only=True)
         except _LOAD_ERRORS as not_on_disk:
@@ -324,7 +324,12 @@ class TextCache:
         self._offsets = np.concatenate([self._offsets, ends])
 
 
-def prepare(data_dir: Path, layers: int = 6) -> Path:
+def chosen(settings: Settings) -> str:
+    """The HuggingFace name or path that TEXT_ENCODER gives, or the folder of the prepared one (made now if it is not there yet)."""
+    return settings.text_encoder or str(prepare(settings.data_dir, settings.text_encoder_layers))
+
+
+def prepare(data_dir: Path, layers: int) -> Path:
     """Makes the default text encoder under `data_dir`, of so many of its 12 layers (`LAYERS`), unless it is there; its folder.
 
     The folder is an ordinary HuggingFace one (`DistilBertModel` and tokenizer). It appears complete or not at all.

@@ -58,7 +58,7 @@ from results import commit
 from settings import Settings, UserError, run_script
 from store import Store
 from tensors import distinct
-from text_encoder import TITLE_TOKENS, TextEncoder, prepare
+from text_encoder import TITLE_TOKENS, TextEncoder, chosen
 
 PEERS = Path(__file__).parent / "peers"
 THREADS_OF_PEERS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
@@ -164,8 +164,7 @@ class Bench:
         self.options, self.folder = options, folder
         self.shared: dict[str, Any] = {
             "_env_file": None, "database_url": "", "data_dir": folder / "data", "models_dir": folder / "models",
-            "text_encoder": options.text_encoder or str(prepare(options.data_dir, options.text_encoder_layers)),
-            "seed": options.seed,
+            "text_encoder": chosen(options), "seed": options.seed,
         }  # fmt: skip
         shop = generate(
             products=options.products, shoppers=round(SHOPPERS * options.products), events=EVENTS * options.products

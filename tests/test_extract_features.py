@@ -34,6 +34,7 @@ from lexicon import Lexicon, LexiconFile, plain_text, says
 from readers import LexiconReader, ReaderSettings, SellerReader, Usage
 from settings import UserError
 from store import Store
+from store.cache import Cache
 
 ROOT = Path(__file__).parents[1]
 LEXICON = Lexicon.load(ROOT / "lexicon.json")
@@ -765,6 +766,23 @@ def test_answers_survive_an_endpoint_that_dies(puzzling_shop: Store, endpoint: E
     assert len(endpoint.requests) == 3
     features = puzzling_shop.products.read_features()
     assert [product.re["material"] for product in features] == [["moleskin"], ["sharkskin"]]
+
+
+def test_who_asked_keeps_the_answer_before_it_asks_again(endpoint: Endpoint, store: Store):
+    """With one thread that asks and another that keeps, a kill between the two loses what was paid for, now and then."""
+    kept_by: list[str] = []
+
+    class Watched(Cache):
+        def put_many(self, kind: str, values: dict[str, dict[str, Any]]) -> None:
+            kept_by.append(threading.current_thread().name)
+            super().put_many(kind, values)
+
+    settings = ReaderSettings(extract_url=endpoint.url, extract_model="m", extract_concurrency=1)
+    endpoint.replies = [GOOD] * 2
+    products = [raw(f"Sailor's dress {letter}", SAILOR.description, letter) for letter in "ab"]
+    extract_many(products, SMALL, EndpointReader(LEXICON, settings, Watched(store.pool)))
+    assert len(kept_by) == 2
+    assert all(name.startswith("extract") for name in kept_by)
 
 
 def test_a_run_that_is_killed_goes_on_where_it_was(puzzling_shop: Store, endpoint: Endpoint):

