@@ -62,7 +62,8 @@ def test_the_release_remembers_its_text_encoder_and_refuses_another(shop, tmp_pa
     ItemEncoder(release, TextEncoder.load(moved))  # the same encoder in another place
 
     other = shop.model_copy(update={"text_encoder": str(tiny_text_encoder(tmp_path / "other", seed=1))})
-    said = f"trained with text encoder '{shop.text_encoder}'.*'{other.text_encoder}'.*set TEXT_ENCODER .*back, or train"
+    back = r"set TEXT_ENCODER \(or TEXT_ENCODER_LAYERS\) back, or train"
+    said = f"trained with text encoder '{shop.text_encoder}'.*'{other.text_encoder}'.*{back}"
     with pytest.raises(UserError, match=said):
         ItemEncoder(release, TextEncoder.load(other))
     with pytest.raises(UserError, match=said):  # nor are later stages trained on top of it
@@ -165,32 +166,31 @@ def test_a_graph_that_finds_too_little_is_built_anew_once(asked, shop, monkeypat
             connection.execute("DROP INDEX " + ", ".join(f'"item_vectors_{table}_hnsw{n}"' for n in range(3)))
         return result, [number for number, _ in made], made[vectors.UNTOUCHED][1]
 
-    widths = build_index.SEARCH_WIDTHS
-    too_little = [0.9] * (len(widths) - 1)
+    too_little = [0.9] * 6  # at all widths but the last
     usual, careful = ["m=16", "ef_construction=64"], ["m=48", "ef_construction=256"]
     check, numbers, how = build([0.9, 0.996], [0.92])
-    assert check == IndexCheck(widths[1], 0.996, 0.92)
+    assert check == IndexCheck(140, 0.996, 0.92)
     assert numbers == sorted(numbers)  # one after the other
     assert how == usual
     check, numbers, how = build([*too_little, 0.96, 1.0], [0.92])
-    assert check == IndexCheck(widths[0], 1.0, 0.92)
+    assert check == IndexCheck(100, 1.0, 0.92)
     assert max(numbers) == numbers[vectors.OUTSTANDING]
     assert how == usual
     check, _, _ = build([*too_little, 0.96, *too_little, 0.97], [0.92])  # hard, not unlucky
-    assert check == IndexCheck(widths[-1], 0.97, 0.92)
+    assert check == IndexCheck(800, 0.97, 0.92)
     assert "nobody met" not in capsys.readouterr().out
     check, _, how = build([0.9, 0.996], [0.5, 0.98])
-    assert check == IndexCheck(widths[1], 0.996, 0.98)
+    assert check == IndexCheck(140, 0.996, 0.98)
     assert how == careful
     said = capsys.readouterr().out
     assert "finds 0.500 of the best that nobody met" in said
     assert "still" not in said
     assert f"over {space.unmet(rows).sum()} items" in said
     check, _, _ = build([1.0], [0.5, 0.6])  # no reason to have no index at all
-    assert check == IndexCheck(widths[0], 1.0, 0.6)
+    assert check == IndexCheck(100, 1.0, 0.6)
     assert "still finds only 0.600 of the best 10 items that nobody met (0.9 wanted)" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"finds only 0\.900 .*raise --hnsw-m"):
-        build([0.9] * 2 * len(widths), [])
+        build([0.9] * 14, [])
     store.vectors.drop(table)
 
 
