@@ -12,6 +12,10 @@ It starts from what the release answers and learns, on top of that, what no syst
 Of all this a shopper's own part is left out, and that of the fifth of the shoppers whom they are judged with. Two things make the
 oracle better than it could honestly be: it stops at the epoch that is best for the very shoppers judged, and what teaches it
 is of the same days. So it shows about where models of this kind end; it is no bound that nothing could pass.
+
+A second oracle leaves the release's lists as they are but for the items that nobody met by the cut: in their places stand those
+whose contents (values and title) others of the test days took oftenest. It shows what the best reader of contents could do for
+goods that nothing else is known of.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from baselines import Case, Split
+from catalog import Product
 from item_links import ItemLinks, group_numbers
 from metrics import RETRIEVED
 from settings import UserError
@@ -147,6 +152,25 @@ class Oracle:
                 lists[case] = [self.split.product_ids[row] for row in rows]
         return lists
 
+    def recommend_contents(self) -> list[list[str]]:
+        """The release's lists of the shoppers who are judged, but in the places of what nobody met by the cut stand the items whose
+        contents others took oftenest, per item of such contents. What is alike in contents comes in random order."""
+        unmet = np.flatnonzero(self.unmet)
+        content = content_numbers([self.split.products[row] for row in unmet.tolist()])
+        shuffled = np.random.default_rng(SEED).permutation(len(unmet))
+        oftenest = []
+        for told in self.told_to:
+            taken = np.bincount(told.item, minlength=len(self.unmet))[unmet]
+            rate = np.bincount(content, weights=taken) / np.bincount(content)
+            oftenest.append(unmet[np.lexsort((shuffled, -rate[content]))])
+        lists = []
+        for rows, fold in zip(self.lists[: self.judged], self.fold[: self.judged], strict=True):
+            places = np.flatnonzero(self.unmet[rows])
+            filled = rows.copy()
+            filled[places] = oftenest[fold][: len(places)]
+            lists.append([self.split.product_ids[row] for row in filled])
+        return lists
+
     def _answer(self, fold: int, judged: np.ndarray) -> np.ndarray:
         """Lists of catalogue rows of the cases `judged` [B], after the epoch that is best for them: int64 [B, RETRIEVED]."""
         torch.manual_seed(SEED)
@@ -243,3 +267,9 @@ class Oracle:
         history[mask] = np.concatenate(met)
         strength, _ = self.links_of[fold].scores(history, mask, np.arange(len(self.rows)))
         return log_strength(strength)
+
+
+def content_numbers(products: Sequence[Product]) -> np.ndarray:
+    """int64 [M]: the same number for products of the same values and title."""
+    texts = [product.model_dump_json(exclude={"product_id"}) for product in products]
+    return np.unique(texts, return_inverse=True)[1].astype(np.int64)

@@ -40,7 +40,7 @@ from loaded_release import LoadedRelease, UnavailableError
 from metrics import RETRIEVED, Catalogue, Figure, Ratio, compare, coverage, figures, measure, write_ratios
 from recommender import Recommended, Recommender, Request
 from release import Release
-from results import BESIDE, ORACLE, PLAIN_BESIDE, RESULTS, Row, commit, save, short_of, write_page
+from results import BESIDE, ORACLE, ORACLE_OF_CONTENTS, PLAIN_BESIDE, RESULTS, Row, commit, save, short_of, write_page
 from settings import Settings, UserError, run_script
 from store import Store
 from tensors import Histories
@@ -221,8 +221,9 @@ def main(options: EvaluateOptions) -> None:
         lists = _our_lists(options, recommender, cases)
         lists_beside = _our_lists_beside(options, recommender, beside)
         if options.ceiling and not options.per_shopper:
-            answered = lists[options.model, "reranked"]
-            lists[ORACLE, "retrieval"] = _oracle_lists(options, recommender, split, cases, answered, taken)
+            oracle = _oracle(options, recommender, split, cases, lists[options.model, "reranked"], taken)
+            lists[ORACLE, "retrieval"] = oracle.recommend()
+            lists[ORACLE_OF_CONTENTS, "retrieval"] = oracle.recommend_contents()
     catalogue = catalogue_of(split)
 
     def measured(lists: Lists, cases: list[Case]) -> Measured:
@@ -325,10 +326,10 @@ def _items(recommender: Recommender, request: Request) -> list[Recommended]:
     return answer.items
 
 
-def _oracle_lists(
+def _oracle(
     options: EvaluateOptions, recommender: Recommender, split: Split, cases: list[Case],
     answered: list[list[str]], taken: pl.DataFrame,
-) -> list[list[str]]:  # fmt: skip
+) -> Oracle:  # fmt: skip
     """Who is not judged teaches too, if they said anything when they came; if not, their counts tell all that they could."""
     judged = {case.user_id for case in cases}
     firsts = taken.sort("at", maintain_order=True).group_by("user_id", maintain_order=True).first()
@@ -342,7 +343,7 @@ def _oracle_lists(
     queries = np.concatenate([recommender.query(request) for request in requests])
     rows = recommender.store.vectors.fetch(recommender.live().name, split.product_ids)
     ranked = [*answered, *_our_lists(options, recommender, others)[options.model, "reranked"]]
-    return Oracle(split, every, len(cases), Answers(queries, rows.vectors, ranked), taken).recommend()
+    return Oracle(split, every, len(cases), Answers(queries, rows.vectors, ranked), taken)
 
 
 def _baseline_lists(split: Split, cases: list[Case], score: Score) -> list[list[str]]:

@@ -24,7 +24,8 @@ from portrait import read_curves, read_maps, write_examples_page
 RESULTS = Path("docs/results.json")
 STEPS = Path("docs/steps.json")  # written by run_split.py
 ABLATION, FULL, NO_TRANSFER = "ablation: ", "full model", "no transfer"
-ORACLE = "oracle, taught by the test days"  # see ceiling.py
+# See ceiling.py.
+ORACLE, ORACLE_OF_CONTENTS = "oracle, taught by the test days", "oracle of the contents of cold items"
 BESIDE: tuple[ListKind, ...] = ("similar", "because", "basket")  # lists beside a product: stages of rows of their own
 PLAIN_BESIDE = "beside a product"  # the stage of a plain line that is asked about a product
 SINGLE_RUN = "Of a model that was run once, the interval knows other shoppers, not what another seed would make of it."
@@ -162,7 +163,8 @@ def _lists_section(rows: list[dict[str, Any]], short: int) -> list[str]:
     lines = _found_section(rows, short)
     if any(row["model"] == ORACLE for row in rows):
         lines += [
-            "The oracle is told what no system can know at the cut (`ceiling.py`): it shows how far lists could go."
+            "The oracle is told what no system can know at the cut (`ceiling.py`): it shows how far lists could go. "
+            "That of contents keeps StyleTower's lists, but in cold items' places stand those whose contents others took oftenest."
         ]
     return lines
 

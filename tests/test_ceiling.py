@@ -112,3 +112,26 @@ def test_what_was_taken_near_the_request_is_told_by_itself():
     near = np.expm1(found.near(found.fold[0], cases[0].at / DAY))
     assert near[:3].round(6).tolist() == [0.0, 1.0, 0.0]
     assert len({*found.fold.tolist()}) == min(FOLDS, 3)
+
+
+def test_places_of_what_nobody_met_go_to_the_contents_that_others_took_oftenest_by_the_item():
+    # Items 0 and 1 were met; of what was not, 2 to 7 are coats, 8 and 9 hats, 10 a shoe.
+    titles = ["met", "met", *["coat"] * 6, *["hat"] * 2, "shoe"]
+    split = shop({"u0": ITEMS[0], "u1": ITEMS[1]})
+    named = [Product(product_id=item, title=title) for item, title in zip(ITEMS, [*titles, "met"], strict=True)]
+    taken = [(f"u{number}", ITEMS[[2, 3, 4, 8, 9][number % 5]], 1.0) for number in range(60)]
+    found, _ = oracle(replace(split, products=named), taken)
+    found.lists = [np.array([0, 2, 1, 3, 10])] * len(found.lists)
+    for ranked in found.recommend_contents():
+        assert [ranked[0], ranked[2]] == [ITEMS[0], ITEMS[1]]
+        assert sorted([ranked[1], ranked[3]]) == [ITEMS[8], ITEMS[9]]  # of hats 12 an item, of coats 6
+        assert ranked[4] in ITEMS[2:8]
+
+
+def test_what_only_their_own_fold_took_says_nothing_of_contents():
+    taken = [(f"u{number}", ITEMS[number], 1.0) for number in range(11)]
+    found, _ = oracle(shop({"u0": ITEMS[11]}), taken)
+    found.lists = [np.array([number]) for number in range(11)]
+    for case, ranked in enumerate(found.recommend_contents()):
+        of_fold = [ITEMS[number] for number in range(11) if found.fold[number] == found.fold[case]]
+        assert ranked[0] not in of_fold

@@ -20,7 +20,7 @@ from datasets.events import event_frame
 from evaluate import CASES, CUTS, EvaluateOptions, after_cut
 from metrics import read_ratios
 from recommender import Recommender
-from results import ORACLE
+from results import ORACLE, ORACLE_OF_CONTENTS
 from tests.test_import_sources import article, bought, rental, s3rec_folder, write_csv, write_lines
 from tests.test_import_sources import events as events_of
 
@@ -279,7 +279,7 @@ def test_the_script_judges_both_stages_and_the_plain_lines(judge, hm_folder):
 
 
 def test_each_shoppers_part_can_be_written_instead_without_the_oracle(judge, hm_folder, monkeypatch):
-    monkeypatch.setattr(evaluate, "_oracle_lists", lambda *_: pytest.fail("the oracle takes longer than a training"))
+    monkeypatch.setattr(evaluate, "_oracle", lambda *_: pytest.fail("the oracle takes longer than a training"))
     assert judge("hm-week", ".", "--ceiling", "--per-shopper", "parts.npz")[0] == 0
     found = read_ratios(hm_folder / "parts.npz")
     second, third = 1 / math.log2(3), 1 / math.log2(4)
@@ -324,6 +324,9 @@ def test_the_oracle_stands_beside_and_is_taught_by_who_said_something_when_they_
         def recommend(self):
             return [[C], [D]]
 
+        def recommend_contents(self):
+            return [[D, C], [B]]
+
     monkeypatch.setattr(hm, "read", events)
     monkeypatch.setattr(evaluate, "Oracle", ScriptedOracle)
     assert judge("hm-week", ".", "--ceiling", "--no-baselines")[0] == 0
@@ -338,6 +341,7 @@ def test_the_oracle_stands_beside_and_is_taught_by_who_said_something_when_they_
     rows = json.loads((hm_folder / "docs/results.json").read_text())
     found = {(row["model"], row["metric"], row["slice"]): row["value"] for row in rows}
     assert found[ORACLE, "ndcg@12", "all"] == 1.0
+    assert found[ORACLE_OF_CONTENTS, "recall@100", "all"] == 0.5
     assert (f"styletower against {ORACLE}", "ndcg@12 difference", "all") in found
     assert "The oracle is told what no system can know" in (hm_folder / "docs/results.md").read_text()
 
