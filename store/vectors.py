@@ -38,6 +38,9 @@ DEFAULT_EF_SEARCH = 200  # recall@100 is .998 and up at 300,000 items
 MAX_EF_SEARCH = 1000  # pgvector's own bound
 MAX_M, MAX_EF_CONSTRUCTION = 100, 1000  # likewise
 
+# What nobody met is asked for and searched so many times as wide as its share of a list.
+SHARES_ASKED, SHARES_WIDE = 2, 6
+
 _PREFIX = "item_vectors_"
 _UNFINISHED = "~new"  # after the name of a release whose table is being built
 _RELEASE = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}(~new)?")  # with prefix and index suffix within PostgreSQL's 63 bytes
@@ -101,6 +104,13 @@ _PART = sql.SQL("""
     WHERE v.part = {part} AND product_id <> ALL(%(exclude)s::text[]) AND product_id NOT IN {met} AND {passes}
     ORDER BY v.placed <#> %(placed)b::halfvec LIMIT {limit})
 """)
+# A part searched less wide, as is all that is searched after it. A scan asks for its width when it begins, and this one does not
+# begin before the row that it is joined to is there.
+_NARROWER = sql.SQL("""
+    (SELECT part.* FROM
+        (SELECT set_config('hnsw.ef_search', {width}, true) AS width OFFSET 0) AS narrower, LATERAL {part} AS part)
+""")
+_NARROWED = sql.SQL("narrower.width IS NOT NULL AND {}")
 # Hundreds or thousands, each looked up once, in the order of the key.
 _LINKED = sql.SQL("""
     UNION ALL
@@ -529,16 +539,21 @@ class Vectors:
             "history": list(linked_from.product_ids), "together": linked_from.together, "variant": linked_from.variant,
             "scale": linked_from.scale,
         }  # fmt: skip
-        settings = _hnsw_settings(min(max(ef_search or DEFAULT_EF_SEARCH, limit, new), MAX_EF_SEARCH))
+        ef_search = min(max(ef_search or DEFAULT_EF_SEARCH, limit, new), MAX_EF_SEARCH)
+        settings = _hnsw_settings(ef_search)
         with self._pool.connection() as connection:
             if not self._has_index(connection, release):
                 return _exact(connection, release, where, met, parameters, limit, new)
             if not conditions:
-                text = _plain(release, limit, new) if hides is None else _nearest(release, met, None, limit, new)
-                rows = _query(connection, text, parameters, settings, True)
-                # The graph may have been left before enough were met, and what it gave need not be sold any more.
-                if rows[0][0] >= limit and all(sold for _, sold, *_ in rows):
-                    return _found(rows, "hnsw")
+                for unmet in _shares(limit, new, ef_search):
+                    asked = limit, new, unmet
+                    text = _plain(release, *asked) if hides is None else _nearest(release, met, None, *asked)
+                    rows = _query(connection, text, parameters, settings, True)
+                    found = _found(rows, "hnsw")
+                    more = unmet.limit < max(limit, new) and (found.part == UNTOUCHED).sum() >= unmet.limit
+                    # The graph may have been left before enough were met, and what it gave need not be sold any more.
+                    if rows[0][0] >= limit and all(sold for _, sold, *_ in rows) and not more:
+                        return found
             else:
                 kept, items = _estimates(connection, release, where, parameters)
                 bound = int(EXACT_FACTOR * math.sqrt(max(limit, new) * items))
@@ -546,7 +561,8 @@ class Vectors:
                     rows = _query(connection, _all(release, met, where, bound, limit, new), parameters, {}, False)
                     if rows[0][0] <= bound:
                         return _found(rows, "exact")
-            rows = _query(connection, _nearest(release, met, where, limit, new), parameters, settings, False)
+            every = _Unmet(max(limit, new), ef_search)
+            rows = _query(connection, _nearest(release, met, where, limit, new, every), parameters, settings, False)
             if rows[0][0] < limit:
                 return _exact(connection, release, where, met, parameters, limit, new)
             return _found(rows, "hnsw-iterative")
@@ -736,13 +752,33 @@ def _met(hides: Sequence[Hide] | None) -> tuple[sql.Composable, dict[str, Any]]:
     return _MET_SO.format(sql.SQL(" OR ").join(ways)), parameters
 
 
+@dataclass(frozen=True)
+class _Unmet:
+    """How many of what nobody met are asked for, and in how wide a search."""
+
+    limit: int
+    ef_search: int
+
+
+def _shares(limit: int, new: int, ef_search: int) -> list[_Unmet]:
+    """What to ask for in turn. Of what nobody met few but its share get into most lists: so few are asked for first, and more only
+    where all of these are in the list."""
+    most = max(limit, new)
+    every, few = _Unmet(most, ef_search), _Unmet(SHARES_ASKED * new, max(new, min(ef_search, SHARES_WIDE * new)))
+    if limit == 0:
+        return [_Unmet(most, few.ef_search)]
+    return [few, every] if 0 < few.limit < limit else [every]
+
+
 @lru_cache(64)
-def _plain(release: str, limit: int, new: int) -> str:
+def _plain(release: str, limit: int, new: int, unmet: _Unmet) -> str:
     """`_nearest` without filters that leaves out all that was met: nearly every one."""
-    return _nearest(release, _MET, None, limit, new).as_string()
+    return _nearest(release, _MET, None, limit, new, unmet).as_string()
 
 
-def _nearest(release: str, met: sql.Composable, where: sql.Composable | None, limit: int, new: int) -> sql.Composed:
+def _nearest(
+    release: str, met: sql.Composable, where: sql.Composable | None, limit: int, new: int, unmet: _Unmet
+) -> sql.Composed:
     """Finds the best by the graphs and the links. Without a condition, what is not sold is found too.
 
     What is the same for nearly all requests stands in it as a number: the server then plans it once for all of them.
@@ -756,12 +792,13 @@ def _nearest(release: str, met: sql.Composable, where: sql.Composable | None, li
         passes = sql.SQL("std IS NOT NULL AND {}").format(where)
         counted = sql.SQL("SELECT count(*) FROM near WHERE part = {}").format(sql.Literal(USUAL))
     parts = [
-        _PART.format(
-            rows=rows, part=sql.Literal(part), met=met, passes=passes,
-            limit=sql.Literal(max(limit, new) if part == UNTOUCHED else limit),
-        )
-        for part in range(PARTS)
-    ]  # fmt: skip
+        _PART.format(rows=rows, part=sql.Literal(part), met=met, passes=passes, limit=sql.Literal(limit))
+        for part in (USUAL, OUTSTANDING)
+    ]
+    of_unmet = _PART.format(
+        rows=rows, part=sql.Literal(UNTOUCHED), met=met, passes=_NARROWED.format(passes), limit=sql.Literal(unmet.limit)
+    )
+    parts.append(_NARROWER.format(width=sql.Literal(str(unmet.ef_search)), part=of_unmet))
     near = _NEAR.format(parts=sql.SQL(" UNION ALL ").join(parts))
     return _best(release, near, _LINKED.format(rows=rows, met=met, passes=passes), counted, limit, new)
 

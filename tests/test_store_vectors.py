@@ -463,7 +463,9 @@ def test_a_search_leaves_the_connection_as_it_was(indexed):
         "together": 0.0, "variant": 0.0, "scale": 0.0,
     }  # fmt: skip
     with indexed.pool.connection() as connection:
-        vectors._query(connection, vectors._plain(RELEASE, 1, 0), values, vectors._hnsw_settings(77), True)
+        vectors._query(
+            connection, vectors._plain(RELEASE, 1, 0, vectors._Unmet(1, 33)), values, vectors._hnsw_settings(77), True
+        )
         values = [connection.execute(f"SHOW {name}").fetchone()[0] for name in names]
     assert values == ["on", "on", "2", "40", "off", "auto"]
 
@@ -491,15 +493,22 @@ def test_many_searches_on_one_connection_stay_right(indexed):
 # --- parts ----------------------------------------------------------------------------------------------------------------
 
 
+# Every third item is of the outstanding, every seventh of the untouched.
+PART = np.where(np.arange(N) % 7 == 0, vectors.UNTOUCHED, (np.arange(N) % 3 == 0) * vectors.OUTSTANDING)
+
+
+def fill_parts(shop: Store, part: np.ndarray) -> np.ndarray:
+    """A table "parts" of all items, whose graph holds turned rows; returns how they are turned."""
+    turn = np.linalg.qr(RANDOM.normal(size=(D, D)))[0].astype(np.float32)
+    shop.vectors.create("parts", D)
+    shop.vectors.copy("parts", replace(rows(range(N)), placed=np.pad(VECTORS @ turn, ((0, 0), (0, 1))), part=part))
+    return turn
+
+
 @pytest.mark.parametrize("filters", [Filters(), Filters(min_price=0.0), Filters(max_price=25.0)])
 @pytest.mark.parametrize("with_index", [True, False])
 def test_the_parts_of_an_index_answer_as_one_and_the_untouched_have_their_share(shop, filters, with_index):
-    """Every third item is of the outstanding, every seventh of the untouched; the graph holds turned rows."""
-    turn = np.linalg.qr(RANDOM.normal(size=(D, D)))[0].astype(np.float32)
-    placed = np.pad(VECTORS @ turn, ((0, 0), (0, 1)))
-    part = np.where(np.arange(N) % 7 == 0, vectors.UNTOUCHED, (np.arange(N) % 3 == 0) * vectors.OUTSTANDING)
-    shop.vectors.create("parts", D)
-    shop.vectors.copy("parts", replace(rows(range(N)), placed=placed, part=part))
+    turn = fill_parts(shop, PART)
     if with_index:
         shop.vectors.build_index("parts")
     costs = {i: None if i % 10 == 9 else i for i in range(N)}
@@ -509,13 +518,54 @@ def test_the_parts_of_an_index_answer_as_one_and_the_untouched_have_their_share(
         turned = np.append(query @ turn, np.float32(0))
         search = partial(shop.vectors.search, "parts", query, filters=filters, placed=turned)
         assert search(LIMIT).product_ids == best(query, passing)
-        untouched = best(query, [i for i in passing if part[i] == vectors.UNTOUCHED])
+        untouched = best(query, [i for i in passing if PART[i] == vectors.UNTOUCHED])
         found = search(LIMIT, new=LIMIT // 2)
         assert [i for i in found.product_ids if i in untouched][: LIMIT // 2] == untouched[: LIMIT // 2]
         others = [i for i in best(query, passing) if i not in untouched[: LIMIT // 2]]
         assert [i for i in found.product_ids if i not in untouched[: LIMIT // 2]] == others[: LIMIT - LIMIT // 2]
         assert (np.diff(found.scores) <= 0).all()
         assert search(0, new=5).product_ids == untouched[:5]
+
+
+@pytest.mark.parametrize("every", [1, 2, 7])
+def test_few_of_the_untouched_are_asked_for_and_more_where_all_of_these_are_in_the_list(shop, every, monkeypatch):
+    statements: list[int] = []
+    needed: set[int] = set()
+    query_as_it_is = vectors._query
+    monkeypatch.setattr(vectors, "_query", lambda *given: (statements.append(1), query_as_it_is(*given))[1])
+    part = np.where(np.arange(N) % every == 0, vectors.UNTOUCHED, PART * (PART != vectors.UNTOUCHED))
+    turn = fill_parts(shop, part)
+    shop.vectors.build_index("parts")
+    new = LIMIT // 8
+    for query in QUERIES:
+        statements.clear()
+        found = shop.vectors.search("parts", query, LIMIT, placed=np.append(query @ turn, np.float32(0)), new=new)
+        untouched = best(query, np.flatnonzero(part == vectors.UNTOUCHED))
+        others = best(query, [i for i in range(N) if IDS[i] not in untouched[:new]])
+        assert sorted(found.product_ids) == sorted(untouched[:new] + others[: LIMIT - new])
+        assert (np.diff(found.scores) <= 0).all()
+        of_untouched = sum(i in untouched for i in found.product_ids)
+        assert len(statements) == (1 if of_untouched < 2 * new else 2)
+        needed.add(len(statements))
+    assert needed == {7: {1}, 2: {1, 2}, 1: {2}}[every]
+
+
+def test_only_what_nobody_met_is_searched_less_wide(shop):
+    turn = fill_parts(shop, PART)
+    shop.vectors.build_index("parts")
+    values = {
+        "query": QUERIES[0], "placed": np.append(QUERIES[0] @ turn, np.float32(0)), "exclude": [], "met_by": None, "history": [],
+        "together": 0.0, "variant": 0.0, "scale": 0.0,
+    }  # fmt: skip
+    statement = vectors._plain("parts", LIMIT, 2, vectors._Unmet(4, 33))
+    of_part = [statement.index(f"v.part = {part}") for part in (vectors.USUAL, vectors.OUTSTANDING, vectors.UNTOUCHED)]
+    assert of_part[:2] == sorted(of_part[:2])
+    assert of_part[1] < statement.index("hnsw.ef_search") < of_part[2]  # a plan goes through them in this order
+    with shop.pool.connection() as connection, connection.transaction():
+        for name, value in vectors._hnsw_settings(77).items():
+            connection.execute("SELECT set_config(%s, %s, true)", (name, value))
+        connection.execute(statement, values)
+        assert connection.execute("SHOW hnsw.ef_search").fetchone() == ("33",)
 
 
 @pytest.mark.parametrize(("given", "careful"), [((8, 40), (24, 160)), ((60, 400), (100, 1000))])
