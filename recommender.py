@@ -380,7 +380,8 @@ class Recommender:
 
     def _candidates(self, loaded: LoadedRelease, query: np.ndarray, request: Request, state: UserState) -> Found:
         """The best by inner product and links, and among them a share of products that nobody met yet: without one they would
-        stay so, since popularity outweighs whatever they are like. `train_user.retrieve` finds the same by exact search."""
+        stay so, since popularity outweighs whatever they are like. `train_user.retrieve` finds the same by exact search, all that
+        is linked looked at."""
         count = max(request.k, CANDIDATES)
         new = round(loaded.new_goods * count)
         return self._find(loaded, request, _links(loaded, state), query, count, _limits(request), new)
