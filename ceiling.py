@@ -33,7 +33,6 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from baselines import Case, Split
-from catalog import Product
 from item_links import ItemLinks, group_numbers
 from metrics import RETRIEVED
 from settings import UserError
@@ -156,7 +155,9 @@ class Oracle:
         """The release's lists of the shoppers who are judged, but in the places of what nobody met by the cut stand the items whose
         contents others took oftenest, per item of such contents. What is alike in contents comes in random order."""
         unmet = np.flatnonzero(self.unmet)
-        content = content_numbers([self.split.products[row] for row in unmet.tolist()])
+        # One number for all items of the same values and title.
+        products = [self.split.products[row] for row in unmet.tolist()]
+        content = group_numbers([product.model_dump_json(exclude={"product_id"}) for product in products])
         shuffled = np.random.default_rng(SEED).permutation(len(unmet))
         oftenest = []
         for told in self.told_to:
@@ -267,9 +268,3 @@ class Oracle:
         history[mask] = np.concatenate(met)
         strength, _ = self.links_of[fold].scores(history, mask, np.arange(len(self.rows)))
         return log_strength(strength)
-
-
-def content_numbers(products: Sequence[Product]) -> np.ndarray:
-    """int64 [M]: the same number for products of the same values and title."""
-    texts = [product.model_dump_json(exclude={"product_id"}) for product in products]
-    return np.unique(texts, return_inverse=True)[1].astype(np.int64)

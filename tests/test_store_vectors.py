@@ -449,6 +449,14 @@ def test_all_come_back_when_more_are_asked_for_than_there_are(indexed):
         assert sorted(indexed.vectors.search(RELEASE, QUERIES[0], N + 5, filters).product_ids) == IDS
 
 
+def given(placed: np.ndarray) -> dict[str, object]:
+    """The parameters of a search for QUERIES[0], which stands there in the coordinates of the index, by nobody."""
+    return {
+        "query": QUERIES[0], "placed": np.append(placed, np.float32(0)), "exclude": [], "met_by": None, "history": [],
+        "together": 0.0, "variant": 0.0, "scale": 0.0,
+    }  # fmt: skip
+
+
 def test_a_search_leaves_the_connection_as_it_was(indexed):
     names = (
         "enable_seqscan",
@@ -458,13 +466,13 @@ def test_a_search_leaves_the_connection_as_it_was(indexed):
         "hnsw.iterative_scan",
         "plan_cache_mode",
     )
-    values = {
-        "query": QUERIES[0], "placed": np.append(QUERIES[0], np.float32(0)), "exclude": [], "met_by": None, "history": [],
-        "together": 0.0, "variant": 0.0, "scale": 0.0,
-    }  # fmt: skip
     with indexed.pool.connection() as connection:
         vectors._query(
-            connection, vectors._plain(RELEASE, 1, 0, vectors._Unmet(1, 33)), values, vectors._hnsw_settings(77), True
+            connection,
+            vectors._plain(RELEASE, 1, 0, vectors._Unmet(1, 33)),
+            given(QUERIES[0]),
+            vectors._hnsw_settings(77),
+            True,
         )
         values = [connection.execute(f"SHOW {name}").fetchone()[0] for name in names]
     assert values == ["on", "on", "2", "40", "off", "auto"]
@@ -550,13 +558,24 @@ def test_few_of_the_untouched_are_asked_for_and_more_where_all_of_these_are_in_t
     assert needed == {7: {1}, 2: {1, 2}, 1: {2}}[every]
 
 
+@pytest.mark.parametrize(
+    ("limit", "new", "ef_search", "asked"),
+    [
+        (100, 10, 200, [(20, 60), (100, 200)]),
+        (100, 10, 40, [(20, 40), (100, 40)]),  # never wider than the others
+        (100, 60, 200, [(100, 200)]),  # twice the share is more than the list
+        (100, 0, 200, [(100, 200)]),
+        (0, 10, 200, [(10, 60)]),  # nothing else is asked for
+        (0, 300, 300, [(300, 300)]),
+    ],
+)
+def test_what_nobody_met_is_asked_for_by_its_share_of_the_list(limit, new, ef_search, asked):
+    assert vectors._shares(limit, new, ef_search) == [vectors._Unmet(*one) for one in asked]
+
+
 def test_only_what_nobody_met_is_searched_less_wide(shop):
     turn = fill_parts(shop, PART)
     shop.vectors.build_index("parts")
-    values = {
-        "query": QUERIES[0], "placed": np.append(QUERIES[0] @ turn, np.float32(0)), "exclude": [], "met_by": None, "history": [],
-        "together": 0.0, "variant": 0.0, "scale": 0.0,
-    }  # fmt: skip
     statement = vectors._plain("parts", LIMIT, 2, vectors._Unmet(4, 33))
     of_part = [statement.index(f"v.part = {part}") for part in (vectors.USUAL, vectors.OUTSTANDING, vectors.UNTOUCHED)]
     assert of_part[:2] == sorted(of_part[:2])
@@ -564,7 +583,7 @@ def test_only_what_nobody_met_is_searched_less_wide(shop):
     with shop.pool.connection() as connection, connection.transaction():
         for name, value in vectors._hnsw_settings(77).items():
             connection.execute("SELECT set_config(%s, %s, true)", (name, value))
-        connection.execute(statement, values)
+        connection.execute(statement, given(QUERIES[0] @ turn))
         assert connection.execute("SHOW hnsw.ef_search").fetchone() == ("33",)
 
 
