@@ -24,7 +24,7 @@ from torch import Tensor
 
 import wording
 from loaded_release import LoadedRelease
-from store import Store, UserState
+from store import Found, Links, Store, UserState
 from tensors import (
     DAY,
     ITEM_DENSE,
@@ -80,15 +80,17 @@ def explain(
     """Reasons for each of the rows `chosen` of what was sought, those that weigh most first, at least one each.
 
     scores: float [N] of all rows. past, batch: the shopper's, B = 1. kind_weights: what an event of a kind counts in this shop,
-    OTHER_KIND_WEIGHT if it is not named. Two round trips to the database for a shopper with a history.
+    OTHER_KIND_WEIGHT if it is not named. One round trip to the database for a shopper with a history.
     """
     if not len(chosen):
         return []
     if sought.scores is not None:
         return [[_of_list(plan, sought, row, float(scores[row]), now)] for row in chosen]
-    parts = _parts(store, loaded, plan, past, batch, kind_weights)
+    columns = _latest(plan.state)
+    links = _links(store, loaded, plan, sought.found, list(columns))
+    parts = _parts(loaded, plan, past, batch, columns, links.titles, kind_weights)
     with torch.inference_mode():
-        left = _leave_out(store, loaded, plan, sought, chosen, past, batch, parts)
+        left = _leave_out(loaded, plan, sought, chosen, past, batch, parts, links)
         of_items = _leave_out_of_items(loaded, sought, chosen, past, left)
     reasons = []
     for place, of_item in enumerate(of_items):
@@ -170,13 +172,38 @@ class _Left:
         return self.logits[0] - self.logits[1:]
 
 
+def _latest(state: UserState) -> dict[str, list[int]]:
+    """The latest distinct products of a history, at most MAX_PRODUCTS, and their columns."""
+    columns: dict[str, list[int]] = {}
+    for column in reversed(range(len(state.product_ids))):
+        columns.setdefault(state.product_ids[column], []).append(column)
+    return dict(list(columns.items())[:MAX_PRODUCTS])
+
+
+def _links(store: Store, loaded: LoadedRelease, plan: Plan, found: Found, titled: list[str]) -> Links:
+    """What leads to the candidates that gain by links, and those titles."""
+    linked = np.flatnonzero((found.together > 0) | (found.variant > 0)).tolist()
+    if not linked and not titled:
+        return Links([], [], {})
+    return store.vectors.links(loaded.name, plan.linked_from, [found.product_ids[row] for row in linked], titled)
+
+
 def _parts(
-    store: Store, loaded: LoadedRelease, plan: Plan, past: Past, batch: UserBatch, kind_weights: Mapping[str, float]
-) -> list[_Part]:
-    parts: list[_Part] = [*_products(store, plan.state, kind_weights)]
+    loaded: LoadedRelease, plan: Plan, past: Past, batch: UserBatch, columns: Mapping[str, list[int]],
+    titles: Mapping[str, str], kind_weights: Mapping[str, float],
+) -> list[_Part]:  # fmt: skip
+    """Products that are not sold any more, and so have no title, are no part."""
+    state = plan.state
+
+    def product(product_id: str, of: list[int]) -> _Product:
+        weights = [kind_weights.get(state.kinds[column], OTHER_KIND_WEIGHT) for column in of]
+        most = max(weights)
+        return _Product(product_id, titles[product_id], state.kinds[of[weights.index(most)]], most > 0, of)
+
+    parts: list[_Part] = [product(product_id, of) for product_id, of in columns.items() if product_id in titles]
     if (batch.context != 0).any():
         parts.append(_Context())
-    names, profile = loaded.scaler.fields, {**plan.state.profile, **plan.request.profile}
+    names, profile = loaded.scaler.fields, {**state.profile, **plan.request.profile}
     missing = past.profile[0, len(names) :]
     parts += [
         _Figure(names[number], number, profile[names[number]]) for number in np.flatnonzero(missing == 0).tolist()
@@ -184,31 +211,15 @@ def _parts(
     return parts
 
 
-def _products(store: Store, state: UserState, kind_weights: Mapping[str, float]) -> list[_Product]:
-    """The latest distinct products of a history that are still sold, with the act on each that says most."""
-    columns: dict[str, list[int]] = {}
-    for column in reversed(range(len(state.product_ids))):
-        columns.setdefault(state.product_ids[column], []).append(column)
-    latest = list(columns.items())[:MAX_PRODUCTS]
-    titles = store.products.titles([product_id for product_id, _ in latest]) if latest else {}
-
-    def product(product_id: str, of: list[int]) -> _Product:
-        weights = [kind_weights.get(state.kinds[column], OTHER_KIND_WEIGHT) for column in of]
-        most = max(weights)
-        return _Product(product_id, titles[product_id], state.kinds[of[weights.index(most)]], most > 0, of)
-
-    return [product(product_id, of) for product_id, of in latest if product_id in titles]
-
-
 def _leave_out(
-    store: Store, loaded: LoadedRelease, plan: Plan, sought: Sought, chosen: np.ndarray, past: Past, batch: UserBatch,
-    parts: Sequence[_Part],
+    loaded: LoadedRelease, plan: Plan, sought: Sought, chosen: np.ndarray, past: Past, batch: UserBatch,
+    parts: Sequence[_Part], links: Links,
 ) -> _Left:  # fmt: skip
     found, weights, count = sought.found, loaded.weights_of(plan.kind), 1 + len(parts)
     without, without_past = _without_each(batch, past, parts)
-    query = loaded.user_tower(without).numpy()
+    query = loaded.fused_tower(without).numpy()
     together, variant = np.tile(found.together, (count, 1)), np.tile(found.variant, (count, 1))
-    _lose_links(store, loaded, plan, sought, parts, together, variant)
+    _lose_links(found, parts, links, together, variant)
     bonus = np.zeros((count, len(found.product_ids)))
     if plan.kind == "basket":
         bonus = weights.gain(together, 0.0)
@@ -245,41 +256,28 @@ def _without_each(batch: UserBatch, past: Past, parts: Sequence[_Part]) -> tuple
             profile[row, profile.shape[1] // 2 + part.number] = 1.0
 
     def each(array: np.ndarray) -> np.ndarray:
-        return np.repeat(array, count, axis=0)
+        return np.broadcast_to(array, (count, *array.shape[1:]))
 
-    without = UserBatch(
-        history=batch.history.expand(count, -1, -1),
-        collaborative=batch.collaborative.expand(count, -1, -1),
-        kind=batch.kind.expand(count, -1),
-        age=batch.age.expand(count, -1),
-        history_mask=torch.from_numpy(mask),
-        context=context,
-        profile=torch.from_numpy(profile),
+    without = dataclasses.replace(
+        batch, history_mask=torch.from_numpy(mask), context=context, profile=torch.from_numpy(profile)
     )
     return without, Past(each(past.vectors), mask, each(past.std), each(past.re), each(past.price), profile)
 
 
-def _lose_links(
-    store: Store, loaded: LoadedRelease, plan: Plan, sought: Sought, parts: Sequence[_Part], together: np.ndarray,
-    variant: np.ndarray,
-) -> None:  # fmt: skip
+def _lose_links(found: Found, parts: Sequence[_Part], links: Links, together: np.ndarray, variant: np.ndarray) -> None:
     """Take from each row of `together` and `variant`, in place, what candidates are linked to through the row's product alone."""
-    found = sought.found
-    linked = np.flatnonzero((found.together > 0) | (found.variant > 0))
     row_of = {part.product_id: row for row, part in enumerate(parts, start=1) if isinstance(part, _Product)}
-    if not len(linked) or not row_of:
-        return
-    column_of = {found.product_ids[column]: column for column in linked.tolist()}
-    variants_of: dict[int, list[str]] = {}
-    for met, item, strength in store.vectors.links(loaded.name, plan.linked_from, list(column_of)):
-        if strength is None:
-            variants_of.setdefault(column_of[item], []).append(met)
-        elif met in row_of:
+    column_of = {product_id: column for column, product_id in enumerate(found.product_ids)}
+    for met, item, strength in links.together:
+        if met in row_of:
             together[row_of[met], column_of[item]] -= strength
     np.maximum(together, 0.0, out=together)
-    for column, all_met in variants_of.items():
+    variants_of: dict[str, list[str]] = {}
+    for met, item in links.variants:
+        variants_of.setdefault(item, []).append(met)
+    for item, all_met in variants_of.items():
         if len(all_met) == 1 and all_met[0] in row_of:
-            variant[row_of[all_met[0]], column] = 0.0
+            variant[row_of[all_met[0]], column_of[item]] = 0.0
 
 
 def _features(

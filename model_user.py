@@ -277,7 +277,8 @@ class FusedUserTower:
     """A trained `UserTower` for one shopper: the same query within 1e-5, in well under half the time.
 
     So small a forward takes what its operations cost each, however little they compute: this one has no padding to mask, asks for
-    no parameter by name, does as one what reads the same input, and leaves out a context that was not given.
+    no parameter by name, does as one what reads the same input, and leaves out a context that was not given. It also asks for the
+    same shopper less one event or another, for which it reads the events once.
     """
 
     def __init__(self, tower: UserTower) -> None:
@@ -293,7 +294,7 @@ class FusedUserTower:
             tower.kind_embedding.weight.detach(),
             tower.recency_embedding.weight.detach().flip(0),
         )
-        self._token = tower.behaviour_token.detach().unsqueeze(0)
+        self._token = tower.behaviour_token.detach().view(1, 1, -1)
         self._layers = [
             (
                 *weights(layer.norm1), layer.self_attn.in_proj_weight.detach(), layer.self_attn.in_proj_bias.detach(),
@@ -302,6 +303,7 @@ class FusedUserTower:
             for layer in tower.behaviour.layers
         ]  # fmt: skip
         self._pool_weight = tower.pool_weight.weight.detach().squeeze(0)
+        self._pool_raised = self._pool_weight @ self._layers[-1][-2]
         self._context_scaler, self._context = tower.context_scaler, weights(tower.context[0], tower.context[2])
         self._profile = weights(tower.profile)
         self._fusion = weights(tower.fusion[0], tower.fusion[1])
@@ -315,59 +317,90 @@ class FusedUserTower:
 
     @torch.inference_mode()
     def __call__(self, batch: UserBatch) -> Tensor:
-        """Query float32 [1, row_width] of a batch of one. Raises ValueError when some of its events are padding."""
+        """Queries float32 [R, row_width] of one shopper, R times: what the events were is given once (B = 1), and R masks, contexts
+        and bodies. Raises ValueError for more shoppers, or more events than the tower reads."""
         config, width = self._config, self._config.width
-        met, count = int(batch.history_mask.sum()), batch.history_mask.numel()
-        if len(batch.history_mask) != 1 or count > config.history or met not in (0, count):
+        if len(batch.history) != 1 or batch.history.shape[1] > config.history:
             raise ValueError(
-                f"one shopper of up to {config.history} events and no padding, not {tuple(batch.history_mask.shape)}"
+                f"the history of one shopper, of up to {config.history} events, not {tuple(batch.history.shape[:2])}"
             )
-        has_history = config.behaviour and met > 0
-        # The shopper and, where a history is trusted in part, a stranger of the same context and body.
-        inputs = torch.zeros(2 if has_history and config.history_trust < 1.0 else 1, 3 * width + 3)
+        inputs = torch.zeros(len(batch.history_mask), 3 * width + 3)
         if config.context and bool(batch.context.any()):
+            given = (batch.context != 0).any(1, keepdim=True)
             first, first_bias, second, second_bias = self._context
             context = F.gelu(F.linear(self._context_scaler(batch.context), first, first_bias))
-            inputs[:, width : 2 * width] = F.linear(context, second, second_bias)
-            inputs[:, 3 * width + 1] = 1.0
-        if config.profile and bool(batch.profile[:, : config.profile_width // 2].any()):
-            inputs[:, 2 * width : 3 * width] = F.linear(batch.profile, *self._profile)
-            inputs[:, 3 * width + 2] = 1.0
-        if not has_history:
+            inputs[:, width : 2 * width] = F.linear(context, second, second_bias) * given
+            inputs[:, 3 * width + 1 : 3 * width + 2] = given
+        if config.profile and bool((figures := batch.profile[:, : config.profile_width // 2]).any()):
+            given = (figures != 0).any(1, keepdim=True)
+            inputs[:, 2 * width : 3 * width] = F.linear(batch.profile, *self._profile) * given
+            inputs[:, 3 * width + 2 : 3 * width + 3] = given
+        if not config.behaviour or not bool(batch.history_mask.any()):
             return self._query(inputs, None)
+        # Where a history is trusted in part, beside each a stranger of the same context and body.
+        trust = config.history_trust
+        strangers = [inputs.clone()] if trust < 1.0 else []
+        has_history = batch.history_mask.any(1, keepdim=True)
         latest, liked = self._past(batch)
-        inputs[0, :width] = latest
-        inputs[0, 3 * width] = 1.0
-        queries = self._query(inputs, liked)
-        return queries if len(queries) == 1 else torch.lerp(queries[1:], queries[:1], config.history_trust)
+        inputs[:, :width] = latest * has_history
+        inputs[:, 3 * width : 3 * width + 1] = has_history
+        queries = self._query(torch.cat([inputs, *strangers]), liked)
+        if not strangers:
+            return queries
+        own, of_stranger = queries.chunk(2)
+        return torch.lerp(of_stranger, own, trust)
 
     def _past(self, batch: UserBatch) -> tuple[Tensor, Tensor]:
-        """The latest event in the light of all [width], and the mean of what was touched [item_width]."""
-        config, history = self._config, batch.history[0]
-        count = len(history)
-        collaborative = batch.collaborative[0, :, : config.collaborative]
-        told = torch.cat([history, collaborative, batch.age[0].unsqueeze(1)], dim=1)
-        events = F.linear(told, *self._event) + self._kinds[batch.kind[0]] + self._recency[-count:]
-        hidden = torch.cat([self._token, events])  # (1 + T, width)
-        for norm1, bias1, read, read_bias, out, out_bias, norm2, bias2, up, up_bias, down, down_bias in self._layers:
-            normed = F.layer_norm(hidden, (config.width,), norm1, bias1)
-            parts = F.linear(normed, read, read_bias).view(1, count + 1, 3, config.heads, -1)
-            query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)  # (1, heads, 1 + T, width / heads)
-            attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(count + 1, -1)
-            hidden = hidden + F.linear(attended, out, out_bias)
-            normed = F.layer_norm(hidden, (config.width,), norm2, bias2)
-            hidden = hidden + F.linear(F.gelu(F.linear(normed, up, up_bias)), down, down_bias)
-        # The bias of the weights is the same for every event: a softmax does not see it.
-        return hidden[count], torch.mv(hidden[1:], self._pool_weight).softmax(0) @ history
+        """The latest event in the light of all [R, width], and the mean of what was touched [R, item_width], 0 without any."""
+        config, history, mask = self._config, batch.history[0], batch.history_mask
+        rows, count = mask.shape
+        told = torch.cat([history, batch.collaborative[0, :, : config.collaborative], batch.age[0].unsqueeze(1)], dim=1)
+        events = F.linear(told, *self._event) + self._kinds[batch.kind[0]]
+        seen = None
+        if bool(mask.all()):
+            events = (events + self._recency[-count:]).expand(rows, -1, -1)
+        else:
+            # The events that are there are counted, from the latest, which is the last of the table.
+            later = mask.flip(1).cumsum(1).flip(1)  # and the event itself
+            events = events + self._recency[(config.history - later).clamp(max=config.history - 1)]
+            seen = F.pad(mask, (1, 0), value=True)[:, None, None]
+        hidden = torch.cat([self._token.expand(rows, -1, -1), events], dim=1)  # (R, 1 + T, width)
+        *before, last = self._layers
+        for layer in before:
+            hidden, raised = self._layer(layer, hidden, seen)
+            hidden = hidden + F.linear(raised, *layer[-2:])
+        # Of what the last layer adds only the latest event's is asked for, and of all others how much each weighs.
+        hidden, raised = self._layer(last, hidden, seen)
+        # The biases of the weights are the same for every event: a softmax does not see them.
+        weights = hidden[:, 1:] @ self._pool_weight + raised[:, 1:] @ self._pool_raised
+        if seen is None:
+            hidden, raised = hidden[:, count], raised[:, count]
+        else:
+            every, latest = torch.arange(rows), (mask * torch.arange(1, count + 1)).amax(1)
+            hidden, raised = hidden[every, latest], raised[every, latest]
+            weights = weights.masked_fill(~mask, torch.finfo(weights.dtype).min)
+        return hidden + F.linear(raised, *last[-2:]), (weights.softmax(1) * mask) @ history
+
+    def _layer(self, layer: tuple[Tensor, ...], hidden: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A layer's events after attention, and what its last linear map reads."""
+        config = self._config
+        norm1, bias1, read, read_bias, out, out_bias, norm2, bias2, up, up_bias, _, _ = layer
+        normed = F.layer_norm(hidden, (config.width,), norm1, bias1)
+        parts = F.linear(normed, read, read_bias).view(*hidden.shape[:2], 3, config.heads, -1)
+        query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)  # (R, heads, 1 + T, width / heads)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=seen).transpose(1, 2).flatten(2)
+        hidden = hidden + F.linear(attended, out, out_bias)
+        normed = F.layer_norm(hidden, (config.width,), norm2, bias2)
+        return hidden, F.gelu(F.linear(normed, up, up_bias))
 
     def _query(self, inputs: Tensor, liked: Tensor | None) -> Tensor:
-        """[R, row_width] of inputs [R, 3 * width + 3]; `liked` is the first one's."""
+        """[M, row_width] of inputs [M, 3 * width + 3]; `liked` [R, item_width] is of the first R."""
         config = self._config
         norm, norm_bias, fuse, fuse_bias = self._fusion
         fused = F.gelu(F.linear(F.layer_norm(inputs, inputs.shape[1:], norm, norm_bias), fuse, fuse_bias))
         asked = F.linear(fused, *self._unit_and_popularity)
         if liked is not None:
-            asked[0, : config.item_width] += self._history_gain * liked
+            asked[: len(liked), : config.item_width] += self._history_gain * liked
         unit, popularity = asked.split([config.item_width, config.popularity_width], dim=1)
         parts = [self._scale * F.normalize(unit, dim=1), popularity]
         if config.collaborative:

@@ -13,7 +13,7 @@ from store.rules import RulesTurn, RulesVersion, UnreadableRulesError
 from store.sessions import SessionTakenError
 from store.tombstones import LONGEST_WAIT
 from store.users import UserState, UserSummary
-from store.vectors import Filters, Found, Hide, History, ItemRows
+from store.vectors import Filters, Found, Hide, History, ItemRows, Links
 
 __all__ = [
     "LONGEST_WAIT",
@@ -28,6 +28,7 @@ __all__ = [
     "History",
     "Impression",
     "ItemRows",
+    "Links",
     "Purchases",
     "PutEvents",
     "QuarantinedRow",

@@ -226,15 +226,6 @@ class Products:
             ).fetchall()
         return {product_id for (product_id,) in rows}
 
-    def titles(self, ids: Iterable[str]) -> dict[str, str]:
-        """The titles of those of `ids` that are products."""
-        with self._pool.connection() as connection:
-            return dict(
-                connection.execute(
-                    "SELECT product_id, title FROM products WHERE product_id = ANY(%s::text[])", (list(ids),)
-                ).fetchall()
-            )
-
     @contextmanager
     def changing(self, ids: Collection[str], releases: Sequence[str]) -> Iterator[Change]:
         """One transaction over products and their rows in `releases`."""

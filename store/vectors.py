@@ -146,15 +146,17 @@ _AMONG = sql.SQL("""
     ORDER BY place LIMIT %(limit)s
 """)
 
-# One row a link. A variant has no strength.
+# One row a link: a variant has no strength. And one a title, which has no item.
 _LINKS = sql.SQL("""
-    SELECT met.product_id, link.product_id, link.strength
+    SELECT met.product_id, link.product_id, link.strength, NULL
     FROM {vectors} AS met, unnest(met.linked, met.link_strength) AS link(product_id, strength)
     WHERE met.product_id = ANY(%(history)s::text[]) AND link.product_id = ANY(%(items)s::text[])
     UNION ALL
-    SELECT met.product_id, other.product_id, NULL
+    SELECT met.product_id, other.product_id, NULL, NULL
     FROM products AS met JOIN products AS other ON other.group_id = met.group_id AND other.product_id <> met.product_id
     WHERE met.product_id = ANY(%(history)s::text[]) AND other.product_id = ANY(%(items)s::text[])
+    UNION ALL
+    SELECT product_id, NULL, NULL, title FROM products WHERE product_id = ANY(%(titled)s::text[])
 """)
 MOST_VARIANTS = 1000  # a "product" of more variants is a slip in the shop's data, and must not slow a request down
 
@@ -279,6 +281,15 @@ class Found:
     def without(self, ids: Collection[str]) -> Found:
         """The rows of other products."""
         return self.take(np.array([row for row, id_ in enumerate(self.product_ids) if id_ not in ids], dtype=int))
+
+
+@dataclass(frozen=True)
+class Links:
+    """What leads from some products to others."""
+
+    together: list[tuple[str, str, float]]  # from, to, and how strongly, of what was taken together
+    variants: list[tuple[str, str]]
+    titles: dict[str, str]  # of those asked for that are products
 
 
 @dataclass(frozen=True)
@@ -604,13 +615,16 @@ class Vectors:
             rows = _query(connection, statement, parameters, {}, False)
         return _found(rows, "exact")
 
-    def links(self, release: str, history: Sequence[str], items: Sequence[str]) -> list[tuple[str, str, float | None]]:
-        """The links from products of `history` to `items`: from, to, and the strength of what was taken together, None for
-        another variant."""
-        with self._pool.connection() as connection:
-            return connection.execute(
-                _LINKS.format(vectors=table_of(release)), {"history": list(history), "items": list(items)}
-            ).fetchall()
+    def links(self, release: str, history: Sequence[str], items: Sequence[str], titled: Sequence[str]) -> Links:
+        """From products of `history` to `items`; and the titles of `titled`."""
+        parameters = {"history": list(history), "items": list(items), "titled": list(titled)}
+        with self._pool.connection() as connection, connection.cursor(binary=True) as cursor:
+            rows = cursor.execute(_links_text(release), parameters, prepare=True).fetchall()
+        return Links(
+            [(met, item, strength) for met, item, strength, _ in rows if strength is not None],
+            [(met, item) for met, item, strength, _ in rows if item is not None and strength is None],
+            {product_id: title for product_id, item, _, title in rows if item is None},
+        )
 
     def _has_index(self, connection: Connection[Any], release: str) -> bool:
         if release not in self._indexed:
@@ -776,6 +790,11 @@ def _shares(limit: int, new: int, ef_search: int) -> list[_Unmet]:
     if limit == 0:
         return [_Unmet(most, few.ef_search)]
     return [few, every] if 0 < few.limit < limit else [every]
+
+
+@lru_cache(64)
+def _links_text(release: str) -> str:
+    return _LINKS.format(vectors=table_of(release)).as_string()
 
 
 @lru_cache(64)

@@ -354,11 +354,35 @@ def test_the_tower_that_serves_asks_the_same(length, trust, collaborative, layer
     torch.testing.assert_close(FusedUserTower(tower)(batch), tower(batch), atol=1e-5, rtol=1e-5)
 
 
-def test_the_tower_that_serves_takes_one_shopper_without_padding():
-    fused, batch = FusedUserTower(user_tower()), shoppers(1, 3)
-    padded = replace(batch, history_mask=torch.tensor([[False, True, True]]))
-    for wrong in (padded, shoppers(2, 3), shoppers(1, USER.history + 1)):
-        with pytest.raises(ValueError, match="up to 6 events and no padding"):
+@settings(max_examples=60, deadline=None)
+@given(
+    present=st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4), data=st.data(),
+    trust=st.sampled_from([1.0, 0.75]), layers=st.integers(1, 2), off=st.sampled_from(["", "behaviour", "context", "profile"]),
+)  # fmt: skip
+def test_the_tower_that_serves_asks_for_one_shopper_less_this_or_that(present, data, trust, layers, off):
+    config = replace(USER, history_trust=trust, layers=layers, **({off: False} if off else {}))
+    tower, one, rows = user_tower(config), shoppers(1, 5), len(present)
+    told = st.lists(st.booleans(), min_size=rows, max_size=rows)
+
+    def some(given, else_):
+        return torch.cat([given if told_of else else_ for told_of in data.draw(told)])
+
+    of_rows = {
+        "history_mask": torch.tensor(present),
+        "context": some(one.context, NOBODY.context), "profile": some(one.profile, NOBODY.profile),
+    }  # fmt: skip
+    as_shoppers = {
+        name: getattr(one, name).expand(rows, *getattr(one, name).shape[1:])
+        for name in ("history", "collaborative", "kind", "age")
+    }
+    expected = tower(replace(one, **as_shoppers, **of_rows))
+    torch.testing.assert_close(FusedUserTower(tower)(replace(one, **of_rows)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_tower_that_serves_takes_one_shopper():
+    fused = FusedUserTower(user_tower())
+    for wrong in (shoppers(2, 3), shoppers(1, USER.history + 1)):
+        with pytest.raises(ValueError, match="one shopper, of up to 6 events"):
             fused(wrong)
 
 
