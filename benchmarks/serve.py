@@ -7,8 +7,8 @@ the plain way (plain.py), and both are asked once more with as many workers as t
 
 In the same run the floors: an HTTP server that answers as much without work, the bare SQL of one shopper and of 100 candidates, the
 bare forward passes. Their sum is what an answer costs at least; the ratio to it is what this program adds. Each floor is measured
-over and over, by itself; what the same parts cost in turn, when each has pushed the others out of the processor's caches, stands
-beside it.
+over and over, by itself, with all that it needs in the processor's caches. No answer finds it there: what the same parts cost one
+after the other, PAUSE after they ran last, stands beside it.
 
 Everything shares the machine: server, PostgreSQL and whoever asks. Rows go to docs/performance.json.
 """
@@ -56,6 +56,7 @@ CANDIDATES = 100
 K = 20
 AT_ONCE = 8
 FILTERS = {"10 %": 0.1, "1 %": 0.01, "0.1 %": 0.001}  # shares of the products that a bound on the price keeps
+PAUSE = 0.01  # seconds, about as long as an answer takes
 CHECKED = 100  # queries whose lists are compared with exact search
 
 
@@ -197,7 +198,7 @@ def echo() -> FastAPI:
 
 def floors(store: Store, release: Release, base: big_shop.Base, queries: np.ndarray) -> tuple[dict[str, float], float]:
     """Median milliseconds of the physical parts of an answer: of each over and over, with all that it needs in the processor's
-    caches, and of all in turn, as an answer needs them."""
+    caches, and of all as an answer needs them, in turn and PAUSE after the last time."""
     torch.set_num_threads(1)
     tower, reranker = FusedUserTower(release.user_tower()), release.reranker()
     batch, ranked = forward_inputs(release, base)
@@ -229,7 +230,7 @@ def floors(store: Store, release: Release, base: big_shop.Base, queries: np.ndar
             }
             with torch.inference_mode():
                 alone = {name: _median(part) for name, part in parts.items()}
-                in_turn = _median(lambda n: [part(n) for part in parts.values()])
+                in_turn = _median(lambda n: [part(n) for part in parts.values()], PAUSE)
         connection.execute("RESET hnsw.ef_search")
         connection.execute("RESET enable_seqscan")
     return alone, in_turn
@@ -255,11 +256,13 @@ def forward_inputs(release: Release, base: big_shop.Base) -> tuple[UserBatch, Re
     return batch, ranked
 
 
-def _median(run: Callable[[int], object], times: int = 300) -> float:
+def _median(run: Callable[[int], object], pause: float = 0.0, times: int = 300) -> float:
     for number in range(WARM_UP):
         run(number)
     found = []
     for number in range(times):
+        if pause:
+            time.sleep(pause)
         started = time.perf_counter()
         run(WARM_UP + number)
         found.append(time.perf_counter() - started)
@@ -322,7 +325,7 @@ def measure(
             note(f"{FLOOR}{name}, ms", value)
         floor = sum(parts.values())
         note("floor of an answer, ms", floor)
-        note("floor of an answer, its parts in turn, ms", http + in_turn, floor)
+        note("floor of an answer, its parts in turn and after a pause, ms", http + in_turn, floor)
 
         with serving("api_controller.app:app", environment) as (server, address, ready):
             first = ask(address, bodies(20, 2, explain=False))
