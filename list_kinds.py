@@ -218,8 +218,7 @@ class ListKinds:
 
     def _basket(self, loaded: LoadedRelease, request: Request, state: UserState, now: float) -> Plan:
         field = self.settings.list_category_field
-        slots = loaded.std_columns.get(field)
-        if slots is None:
+        if field not in loaded.std_columns:
             raise RequestError(
                 "kind",
                 f"a basket's complements are of other categories, and the shop has no STD field {field!r};"
@@ -233,13 +232,14 @@ class ListKinds:
             return Plan(
                 "for_you", request, state, [*warnings, "nothing in the cart is known; this is the list for the shopper"]
             )
-        ids = rows.std_ids[:, slots]
-        bare = [rows.product_ids[row] for row in np.flatnonzero(~(ids > 0).any(axis=1))]
+        # As the products say: the release does not know a category that came after it was trained.
+        facts = self.store.products.facts(rows.product_ids)
+        values_of = {product_id: known.std.get(field, []) for product_id, known in facts.items()}
+        bare = [product_id for product_id in rows.product_ids if not values_of.get(product_id)]
         warnings += [
             f"item {product_id!r} in cart has no {field}; more of its kind may be offered" for product_id in bare
         ]
-        spelt = loaded.allowed_values[field]
-        values = [spelt[loaded.encoder.std_vocab.word(int(number))[1]] for number in np.unique(ids[ids > 0])]
+        values = [value for values in values_of.values() for value in values]
         filters = request.filters
         unwanted = list(dict.fromkeys([*filters.std_none.get(field, []), *values]))
         request = replace(

@@ -13,8 +13,10 @@ import pytest
 import list_kinds
 from catalog import Event, Product, RawProduct
 from datasets import sample_shop
+from lexicon import LEXICON, Lexicon
 from list_kinds import ListKinds, RequestError, due_score, interval_days
 from loaded_release import UnavailableError
+from readers import LexiconReader
 from recommender import Answer, Recommended, Recommender, Request
 from rules import DEFAULT, NamedRules, RuleSet
 from store import Filters, Purchases, Store
@@ -317,6 +319,26 @@ def test_a_basket_is_completed_by_other_categories_and_what_was_taken_together_w
         # What was chosen stays out of what completes it: the category of the first complement goes too.
         more = recommender.recommend(Request(kind="basket", cart=[cart, far[0]], k=50, now=NOW))
         assert not any(set(of[product_id]) & {*of[cart], *of[far[0]]} for product_id in ids(more))
+
+
+def test_a_basket_offers_nothing_of_a_category_that_came_after_training(new_shop):
+    with new_shop() as shop, Store.open(shop) as store:
+        recommender = Recommender(store, shop, TextEncoder.load(shop))
+        schema = store.schema()
+        umbrellas = [f"umbrella-{number}" for number in range(5)]
+        store.put_schema(
+            schema.model_copy(update={"std": {**schema.std, "category": [*schema.std["category"], "umbrella"]}})
+        )
+        recommender.put_products(
+            [RawProduct(product_id=one, title="Umbrella", attributes={"category": "umbrella"}) for one in umbrellas],
+            LexiconReader(Lexicon.load(LEXICON)),
+        )
+        assert set(ids(recommender.recommend(Request(kind="similar", product_id=umbrellas[0], k=4)))) == set(
+            umbrellas[1:]
+        )
+        answer = recommender.recommend(Request(kind="basket", cart=umbrellas[:1], k=100))
+        assert (answer.kind, answer.warnings, len(answer.items)) == ("basket", [], 100)
+        assert not set(ids(answer)) & set(umbrellas)
 
 
 def test_a_cart_of_nothing_known_is_the_list_for_the_shopper_and_says_so(asked):
