@@ -305,7 +305,7 @@ def _our_lists_beside(options: EvaluateOptions, recommender: Recommender, cases:
     if not cases:
         return {}
     found: dict[ListKind, list[list[str]]] = {kind: [] for kind in BESIDE}
-    if options.list_category_field not in recommender.live().std_columns:
+    if options.list_category_field not in recommender.live().std_fields:
         found.pop("basket")
     for case in tqdm(cases, desc=f"{options.what}, beside a product", unit="shopper"):
         asked = Request(case.user_id, context=case.context, k=RETRIEVED, now=case.at, explain=False)

@@ -218,11 +218,11 @@ class ListKinds:
 
     def _basket(self, loaded: LoadedRelease, request: Request, state: UserState, now: float) -> Plan:
         field = self.settings.list_category_field
-        if field not in loaded.std_columns:
+        if field not in loaded.std_fields:
             raise RequestError(
                 "kind",
                 f"a basket's complements are of other categories, and the shop has no STD field {field!r};"
-                f" set LIST_CATEGORY_FIELD to one of {sorted(loaded.std_columns)}",
+                f" set LIST_CATEGORY_FIELD to one of {sorted(loaded.std_fields)}",
             )
         rows = self.store.vectors.fetch(loaded.name, list(dict.fromkeys(request.cart)))
         there = set(rows.product_ids)

@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from catalog import ListKind
 from context_words import ContextWords
 from model_user import FusedUserTower
@@ -80,11 +78,8 @@ class LoadedRelease:
         return self.user_tower.config.popularity_width
 
     @property
-    def std_columns(self) -> dict[str, slice]:
-        """Where each STD field stands in a row of STD ids."""
-        slots = self.encoder.layout.std_slots
-        ends = np.cumsum(list(slots.values())).tolist()
-        return {field_name: slice(end - slots[field_name], end) for field_name, end in zip(slots, ends, strict=True)}
+    def std_fields(self) -> list[str]:
+        return list(self.encoder.layout.std_slots)
 
     @property
     def untouched_column(self) -> int:

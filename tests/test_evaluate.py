@@ -173,7 +173,7 @@ class ScriptedRecommender:
         self.store = SimpleNamespace(vectors=SimpleNamespace(fetch=lambda release, ids: rows))
 
     def live(self):
-        return SimpleNamespace(name="scripted", std_columns={"category": []})
+        return SimpleNamespace(name="scripted", std_fields=["category"])
 
     def query(self, request):
         return np.full((1, 2), len(request.context), dtype=np.float32)

@@ -135,16 +135,16 @@ def test_an_attribute_weighs_what_the_reranker_loses_without_it(new_shop):
         for item in whole.items[:12]:
             attributes = [reason for reason in item.reasons if reason.kind == "attribute"]
             for reason in attributes:
-                vocab = loaded.encoder.std_vocab if reason.field in loaded.std_columns else loaded.encoder.re_vocab
+                vocab = loaded.encoder.std_vocab if reason.field in loaded.std_fields else loaded.encoder.re_vocab
                 word_id = vocab.id(reason.field, reason.value)
                 row = store.vectors.fetch(loaded.name, [item.product_id])
                 bare = replace(
                     row,
                     std_ids=np.where(row.std_ids == word_id, 0, row.std_ids)
-                    if reason.field in loaded.std_columns
+                    if reason.field in loaded.std_fields
                     else row.std_ids,
                     re_ids=row.re_ids
-                    if reason.field in loaded.std_columns
+                    if reason.field in loaded.std_fields
                     else np.where(row.re_ids == word_id, 0, row.re_ids),
                 )
                 store.vectors.upsert(loaded.name, bare)  # the vector stays: the reranker alone loses the attribute
