@@ -163,6 +163,7 @@ class _Left:
     variant: np.ndarray  # float32 [P + 1, N]
     bonus: np.ndarray  # float [P + 1, N], what the kind of list adds
     features: RerankBatch  # of the chosen
+    user: Tensor  # embedding [P + 1, 2, dim + 1]
     items: tuple[Tensor, Tensor]  # of the chosen: STD and RE embeddings [1, k, fields, dim + 1]
     logits: np.ndarray  # float [P + 1, k]
 
@@ -238,7 +239,7 @@ def _leave_out(
     items = model.embed_std(features.item_std[:1]), model.embed_re(features.item_re[:1])
     user = model.embed_user(features.user_std, features.user_re)
     logits = model.score(user, features.user_dense, torch.cat(items, dim=2), features.item_dense).numpy()
-    return _Left(query, by_query, together, variant, bonus, features, items, logits + bonus[:, chosen])
+    return _Left(query, by_query, together, variant, bonus, features, user, items, logits + bonus[:, chosen])
 
 
 def _without_each(batch: UserBatch, past: Past, parts: Sequence[_Part]) -> tuple[UserBatch, Past]:
@@ -288,7 +289,7 @@ def _features(
     found = sought.found
 
     def each(array: np.ndarray) -> np.ndarray:
-        return np.broadcast_to(array[chosen], (len(query), *array[chosen].shape))
+        return np.broadcast_to(array[chosen], (len(query), len(chosen), *array.shape[1:]))
 
     candidates = Candidates(
         query, each(found.vectors), retrieval[:, chosen], together[:, chosen], variant[:, chosen], each(found.std_ids),
@@ -374,13 +375,13 @@ def _leave_out_of_items(
         (loaded.encoder.re_vocab, features.item_re[0], past.re[0][past.mask[0]]),
     ):
         place, slot = torch.nonzero(ids >= FIRST_WORD, as_tuple=True)
-        bare = ids[place]
+        rest = ids[place]
         words = ids[place, slot]
-        bare[torch.arange(len(bare)), slot] = 0
+        rest[torch.arange(len(rest)), slot] = 0
         if vocab is loaded.encoder.std_vocab:
-            embeddings.append(torch.cat([model.embed_std(bare), re[place]], dim=1))
+            embeddings.append(torch.cat([model.embed_std(rest), re[place]], dim=1))
         else:
-            embeddings.append(torch.cat([std[place], model.embed_re(bare)], dim=1))
+            embeddings.append(torch.cat([std[place], model.embed_re(rest)], dim=1))
         places.append(place)
         denses.append(dense[place])
         reasons += [partial(_of_attribute, *vocab.word(word), history, word) for word in words.tolist()]
@@ -390,8 +391,8 @@ def _leave_out_of_items(
         denses.append(plain)
         reasons += [partial(general_reason, kind)] * len(chosen)
 
-    user = model.embed_user(features.user_std[:1], features.user_re[:1])
-    without = model.score(user, features.user_dense[:1], torch.cat(embeddings)[None], torch.cat(denses)[None])[0]
+    bare = torch.cat(embeddings)[None], torch.cat(denses)[None]
+    without = model.score(left.user[:1], features.user_dense[:1], *bare)[0]
     place = torch.cat(places)
     whole = torch.from_numpy(left.logits[0] - left.bonus[0, chosen])
     weighed: list[list[Weighed]] = [[] for _ in chosen]
