@@ -321,7 +321,7 @@ def test_a_basket_is_completed_by_other_categories_and_what_was_taken_together_w
         assert not any(set(of[product_id]) & {*of[cart], *of[far[0]]} for product_id in ids(more))
 
 
-def test_a_basket_offers_nothing_of_a_category_that_came_after_training(new_shop):
+def test_a_basket_offers_nothing_of_a_category_that_came_after_training_and_tells_of_a_product_without_one(new_shop):
     with new_shop() as shop, Store.open(shop) as store:
         recommender = Recommender(store, shop, TextEncoder.load(shop))
         schema = store.schema()
@@ -339,6 +339,10 @@ def test_a_basket_offers_nothing_of_a_category_that_came_after_training(new_shop
         answer = recommender.recommend(Request(kind="basket", cart=umbrellas[:1], k=100))
         assert (answer.kind, answer.warnings, len(answer.items)) == ("basket", [], 100)
         assert not set(ids(answer)) & set(umbrellas)
+        recommender.put_products([RawProduct(product_id="thing", title="Thing")], LexiconReader(Lexicon.load(LEXICON)))
+        answer = recommender.recommend(Request(kind="basket", cart=["thing"], k=5))
+        assert (answer.kind, len(answer.items)) == ("basket", 5)
+        assert answer.warnings == ["item 'thing' in cart has no category; more of its kind may be offered"]
 
 
 def test_a_cart_of_nothing_known_is_the_list_for_the_shopper_and_says_so(asked):
