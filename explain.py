@@ -243,7 +243,7 @@ def _leave_out(
 
 
 def _without_each(batch: UserBatch, past: Past, parts: Sequence[_Part]) -> tuple[UserBatch, Past]:
-    """The shopper whole, and without each part."""
+    """The shopper whole, and without each part; what the events were stands in the batch once (see FusedUserTower)."""
     count = 1 + len(parts)
     mask, profile = np.repeat(past.mask, count, axis=0), np.repeat(past.profile, count, axis=0)
     context = batch.context.repeat(count, 1)
@@ -375,13 +375,13 @@ def _leave_out_of_items(
         (loaded.encoder.re_vocab, features.item_re[0], past.re[0][past.mask[0]]),
     ):
         place, slot = torch.nonzero(ids >= FIRST_WORD, as_tuple=True)
-        rest = ids[place]
+        bare = ids[place]
         words = ids[place, slot]
-        rest[torch.arange(len(rest)), slot] = 0
+        bare[torch.arange(len(bare)), slot] = 0
         if vocab is loaded.encoder.std_vocab:
-            embeddings.append(torch.cat([model.embed_std(rest), re[place]], dim=1))
+            embeddings.append(torch.cat([model.embed_std(bare), re[place]], dim=1))
         else:
-            embeddings.append(torch.cat([std[place], model.embed_re(rest)], dim=1))
+            embeddings.append(torch.cat([std[place], model.embed_re(bare)], dim=1))
         places.append(place)
         denses.append(dense[place])
         reasons += [partial(_of_attribute, *vocab.word(word), history, word) for word in words.tolist()]
@@ -391,8 +391,8 @@ def _leave_out_of_items(
         denses.append(plain)
         reasons += [partial(general_reason, kind)] * len(chosen)
 
-    bare = torch.cat(embeddings)[None], torch.cat(denses)[None]
-    without = model.score(left.user[:1], features.user_dense[:1], *bare)[0]
+    items, item_dense = torch.cat(embeddings)[None], torch.cat(denses)[None]
+    without = model.score(left.user[:1], features.user_dense[:1], items, item_dense)[0]
     place = torch.cat(places)
     whole = torch.from_numpy(left.logits[0] - left.bonus[0, chosen])
     weighed: list[list[Weighed]] = [[] for _ in chosen]

@@ -276,9 +276,9 @@ class UserTower(nn.Module):
 class FusedUserTower:
     """A trained `UserTower` for one shopper: the same query within 1e-5, in well under half the time.
 
-    So small a forward takes what its operations cost each, however little they compute: this one has no padding to mask, asks for
-    no parameter by name, does as one what reads the same input, and leaves out a context that was not given. It also asks for the
-    same shopper less one event or another, for which it reads the events once.
+    So small a forward takes what its operations cost each, however little they compute: this one asks for no parameter by name,
+    does as one what reads the same input, and leaves out what was not given. It also asks for the same shopper less one event or
+    another, and reads the events once for all of these.
     """
 
     def __init__(self, tower: UserTower) -> None:

@@ -47,8 +47,8 @@ are of. A ratio is the value over what it is held against: of serving the *floor
 themselves in the same run (an HTTP server that answers as much without work, the bare SQL of a shopper and of 100 candidates, the
 bare forward passes, each over and over, so that the processor's caches are its own); of throughput the plain way to make the same
 lists (`benchmarks/plain.py`); of training the rate of another library at the same work. No answer finds the caches so: the same
-parts one after the other, 10 ms after they ran last, are the floor *after a pause*. Times are those of a machine of two cores at
-that hour, shared by server, database and whoever asks; ratios are of one run, and carry over.
+parts one after the other, 10 ms after they ran last (HTTP as before), are the floor *after a pause*. Times are those of a machine
+of two cores at that hour, shared by server, database and whoever asks; ratios are of one run, and carry over.
 """
 
 

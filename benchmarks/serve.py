@@ -8,7 +8,7 @@ the plain way (plain.py), and both are asked once more with as many workers as t
 In the same run the floors: an HTTP server that answers as much without work, the bare SQL of one shopper and of 100 candidates, the
 bare forward passes. Their sum is what an answer costs at least; the ratio to it is what this program adds. Each floor is measured
 over and over, by itself, with all that it needs in the processor's caches. No answer finds it there: what the same parts cost one
-after the other, PAUSE after they ran last, stands beside it.
+after the other, PAUSE after they ran last (HTTP as before), stands beside it.
 
 Everything shares the machine: server, PostgreSQL and whoever asks. Rows go to docs/performance.json.
 """

@@ -79,6 +79,24 @@ def test_leaving_out_the_product_that_a_reason_names_costs_the_item_its_weight(a
     assert checked > len(whole.items) / 2
 
 
+def test_a_product_that_is_not_sold_any_more_is_no_reason(new_shop):
+    """Its row stays where it was deleted while an index was built; what was done with it goes on counting."""
+    with new_shop() as shop, Store.open(shop) as store:
+        recommender = Recommender(store, shop, TextEncoder.load(shop))
+        history = store.events.read().product_ids[3:60:8]
+        request = Request(history=history, exclude=history, k=20, now=NOW)
+        before = recommender.recommend(request)
+        named = {product_id for item in before.items for product_id in weights(item, *PRODUCTS)} & {*history}
+        gone = min(named)
+        with store.pool.connection() as connection:
+            connection.execute("DELETE FROM products WHERE product_id = %s", (gone,))
+        after = recommender.recommend(request)
+        assert scores(after) == pytest.approx(scores(before))
+        told = {product_id for item in after.items for product_id in weights(item, *PRODUCTS)}
+        assert gone not in told
+        assert named - {gone} <= told  # another may be told in its place
+
+
 def test_without_the_product_of_the_top_reason_an_item_falls_in_a_whole_search_too(asked):
     """There the other candidates change as well, and the list that scores are relative to."""
     store, recommender = asked
